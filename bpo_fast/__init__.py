@@ -1,0 +1,31 @@
+"""bpo-fast: Bootstrapped Preference Optimization of multimodal language models on one GPU."""
+
+from importlib import import_module
+
+# Names are resolved on first use, so that `import bpo_fast` stays quick and a command such as `bpo-fast doctor`
+# works on a machine where one of the heavy dependencies is broken.
+_EXPORTS = {
+    "BPOConfig": "bpo_fast.trainer",
+    "BPOTrainer": "bpo_fast.trainer",
+    "NoiseSchedule": "bpo_fast.noise",
+    "PreferenceOutput": "bpo_fast.losses",
+    "add_noise": "bpo_fast.ops.noise",
+    "dpo_loss": "bpo_fast.losses",
+    "linear_dpo_loss": "bpo_fast.losses",
+    "linear_token_logps": "bpo_fast.ops.linear_token_logps",
+    "preference_loss": "bpo_fast.losses",
+    "token_logps": "bpo_fast.ops.token_logps",
+}
+
+__all__ = sorted(_EXPORTS)
+__version__ = "0.1.0"
+
+
+def __getattr__(name):
+    if name in _EXPORTS:
+        return getattr(import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'bpo_fast' has no attribute '{name}'")
+
+
+def __dir__():
+    return [*globals(), *__all__]

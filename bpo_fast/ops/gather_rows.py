@@ -1,0 +1,46 @@
+"""gather_rows: rows of a tensor by index, with a gradient that is summed in a fixed order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, index, *rounds):
+        ctx.num_rows = x.shape[0]
+        ctx.save_for_backward(index, *rounds)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad):
+        index, *rounds = ctx.saved_tensors
+        total = grad.new_zeros((ctx.num_rows, *grad.shape[1:]))
+        for positions in rounds:
+            total.index_add_(0, index[positions], grad[positions])
+        return total, None, *(None for _ in rounds)
+
+
+def gather_rows(x: torch.Tensor, index: torch.Tensor, rounds: Sequence[torch.Tensor]) -> torch.Tensor:
+    """x[index], whose gradient is bitwise repeatable on a GPU too.
+
+    `index_select` adds the gradients of a row that was gathered more than once by atomics, in any order. Here they are
+    added round after round, and within a round no row occurs twice.
+
+    Args:
+        x: [S, ...], floating point.
+        index: int64 [N], rows of x.
+        rounds: int64 tensors that part 0..N-1, so that `index` has no value twice within one of them.
+
+    Returns:
+        [N, ...].
+
+    Example:
+        >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> gather_rows(x, torch.tensor([0, 1, 0]), [torch.tensor([0, 1]), torch.tensor([2])]).sum().backward()
+        >>> x.grad
+        tensor([2., 1.])
+    """
+    return _GatherRows.apply(x, index, *rounds)

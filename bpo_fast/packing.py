@@ -1,0 +1,224 @@
+"""Groups of (prefix, branches) packed into one row that holds every token once.
+
+A group is one image-and-question prefix and the K responses to it. Its tokens lie in the packed row as
+`[prefix][branch 1][branch 2]...[branch K]`; a branch attends to the prefix and to itself, and its positions go on from
+the prefix's end, so the row computes what K separate sequences would. K = 2 is DPO, K = 1 is SFT, K = n scores a pool
+of candidates. This module knows no model and no device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+
+
+@dataclass(frozen=True)
+class Group:
+    """One prefix and the responses that share it, as token ids.
+
+    Args:
+        prefix: ids of the prompt, image placeholders included; at least one.
+        branches: ids of each response; at least one branch, each of at least one token.
+
+    Raises:
+        ValueError: the prefix, the list of branches or a branch is empty.
+    """
+
+    prefix: Sequence[int]
+    branches: Sequence[Sequence[int]]
+
+    def __post_init__(self):
+        if len(self.prefix) == 0:
+            raise ValueError(
+                "prefix: found no tokens, expected at least one; the first response token needs a context."
+            )
+        if len(self.branches) == 0:
+            raise ValueError("branches: found none, expected at least one response for the prefix.")
+        for number, branch in enumerate(self.branches):
+            if len(branch) == 0:
+                raise ValueError(
+                    f"branches[{number}]: found no tokens, expected at least one; drop the empty response."
+                )
+
+    def __len__(self) -> int:
+        return len(self.prefix) + sum(map(len, self.branches))
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The index tensors of one packed row of S tokens, G groups, C branches and N response tokens.
+
+    A *segment* is a run of query rows with one set of keys: the prefix with the first branch is one causal segment,
+    each further branch is a segment of its own whose keys are the prefix and itself. With the queries of a segment at
+    the end of its keys (bottom-right causal alignment), one variable-length attention call over `kv_index` is exact.
+
+    Attributes:
+        input_ids: int64 [S].
+        position_ids: int64 [S]; a branch starts at its prefix's length.
+        kv_index: int64 [S_kv], the packed row each gathered key and value comes from, segment after segment.
+        cu_seqlens_q: int32 [C + 1], bounds of the segments in the packed row.
+        cu_seqlens_k: int32 [C + 1], bounds of the segments in `kv_index`.
+        kv_rounds: int64 tensors that part the positions of `kv_index` so that within one a packed row occurs once at
+            most: round k holds the k-th segment of every group; see `ops.gather_rows`.
+        logit_rows: int64 [N], the packed row whose hidden state predicts each response token.
+        logit_rounds: int64 tensors that part the positions of `logit_rows` in the same way, by branch number.
+        targets: int64 [N], the response tokens, branch after branch.
+        branch_index: int64 [N], the branch each response token belongs to.
+        branch_offset: int64 [N], its place within that branch.
+        num_tokens: int64 [C], tokens of each branch.
+        prefix_lengths: per group, tokens of the prefix.
+        branch_lengths: per group, tokens of each branch.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    kv_index: torch.Tensor
+    cu_seqlens_q: torch.Tensor
+    cu_seqlens_k: torch.Tensor
+    kv_rounds: tuple[torch.Tensor, ...]
+    logit_rows: torch.Tensor
+    logit_rounds: tuple[torch.Tensor, ...]
+    targets: torch.Tensor
+    branch_index: torch.Tensor
+    branch_offset: torch.Tensor
+    num_tokens: torch.Tensor
+    prefix_lengths: tuple[int, ...]
+    branch_lengths: tuple[tuple[int, ...], ...]
+
+    @property
+    def num_branches(self) -> int:
+        return len(self.cu_seqlens_q) - 1
+
+    @property
+    def max_seqlen_q(self) -> int:
+        """Rows of the longest segment."""
+        firsts = (p + b[0] for p, b in zip(self.prefix_lengths, self.branch_lengths, strict=True))
+        rest = (length for b in self.branch_lengths for length in b[1:])
+        return max(*firsts, *rest, 0)
+
+    @property
+    def max_seqlen_k(self) -> int:
+        """Keys of the longest segment, which is also the number of positions in use."""
+        return max(p + max(b) for p, b in zip(self.prefix_lengths, self.branch_lengths, strict=True))
+
+    def to(self, device, non_blocking: bool = False) -> Packing:
+        """The same packing with its tensors on `device`."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Packing:
+        """The same packing with its tensors in page-locked memory, as a data loader asks for."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, function) -> Packing:
+        def mapped(value):
+            if isinstance(value, torch.Tensor):
+                return function(value)
+            return tuple(map(mapped, value)) if isinstance(value, tuple) else value
+
+        return Packing(**{field.name: mapped(getattr(self, field.name)) for field in fields(self)})
+
+
+def pack(groups: Sequence[Group]) -> Packing:
+    """Lay groups out in one row and compute its index tensors.
+
+    Args:
+        groups: at least one group.
+
+    Raises:
+        ValueError: `groups` is empty.
+
+    Example:
+        >>> packing = pack([Group(prefix=[1, 2, 3], branches=[[4, 5], [6]])])
+        >>> packing.input_ids.tolist(), packing.position_ids.tolist()
+        ([1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 3])
+        >>> packing.logit_rows.tolist(), packing.targets.tolist()  # row 2 predicts the first token of both branches
+        ([2, 3, 2], [4, 5, 6])
+        >>> packing.kv_index.tolist()  # the second segment gathers the prefix again
+        [0, 1, 2, 3, 4, 0, 1, 2, 5]
+    """
+    if len(groups) == 0:
+        raise ValueError("groups: found none, expected at least one group to pack.")
+    input_ids, position_ids, kv_index = [], [], []
+    cu_seqlens_q, cu_seqlens_k = [0], [0]
+    logit_rows, targets, branch_index, branch_offset = [], [], [], []
+    most_branches = max(len(group.branches) for group in groups)
+    kv_rounds: list[list[int]] = [[] for _ in range(most_branches)]
+    logit_rounds: list[list[int]] = [[] for _ in range(most_branches)]
+    for group in groups:
+        prefix_start, prefix_length = len(input_ids), len(group.prefix)
+        prefix_rows = range(prefix_start, prefix_start + prefix_length)
+        input_ids.extend(group.prefix)
+        position_ids.extend(range(prefix_length))
+        for number, branch in enumerate(group.branches):
+            start, length = len(input_ids), len(branch)
+            input_ids.extend(branch)
+            position_ids.extend(range(prefix_length, prefix_length + length))
+            kv_rounds[number].extend(range(len(kv_index), len(kv_index) + prefix_length + length))
+            kv_index.extend(prefix_rows)
+            kv_index.extend(range(start, start + length))
+            logit_rounds[number].extend(range(len(logit_rows), len(logit_rows) + length))
+            logit_rows.append(prefix_rows[-1])
+            logit_rows.extend(range(start, start + length - 1))
+            targets.extend(branch)
+            branch_index.extend([len(cu_seqlens_q) - 1] * length)
+            branch_offset.extend(range(length))
+            cu_seqlens_q.append(len(input_ids))
+            cu_seqlens_k.append(len(kv_index))
+    return Packing(
+        input_ids=torch.tensor(input_ids),
+        position_ids=torch.tensor(position_ids),
+        kv_index=torch.tensor(kv_index),
+        cu_seqlens_q=torch.tensor(cu_seqlens_q, dtype=torch.int32),
+        cu_seqlens_k=torch.tensor(cu_seqlens_k, dtype=torch.int32),
+        kv_rounds=tuple(torch.tensor(positions) for positions in kv_rounds),
+        logit_rows=torch.tensor(logit_rows),
+        logit_rounds=tuple(torch.tensor(positions) for positions in logit_rounds),
+        targets=torch.tensor(targets),
+        branch_index=torch.tensor(branch_index),
+        branch_offset=torch.tensor(branch_offset),
+        num_tokens=torch.tensor([len(branch) for group in groups for branch in group.branches]),
+        prefix_lengths=tuple(len(group.prefix) for group in groups),
+        branch_lengths=tuple(tuple(map(len, group.branches)) for group in groups),
+    )
+
+
+def plan_rows(lengths: Sequence[int], token_budget: int | None) -> list[list[int]]:
+    """Assign groups to as few packed rows as best-fit decreasing finds, none over the token budget.
+
+    Args:
+        lengths: tokens of each group, `len(group)`.
+        token_budget: most tokens of a row; None puts all groups in one row.
+
+    Returns:
+        Rows of group numbers, ascending within a row; rows are ordered by their first group, so that the plan depends
+        on the lengths alone.
+
+    Raises:
+        ValueError: one group alone is over the budget.
+
+    Example:
+        >>> plan_rows([50, 30, 40, 60], token_budget=100)
+        [[0, 1], [2, 3]]
+    """
+    if token_budget is None:
+        return [list(range(len(lengths)))] if lengths else []
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for number in sorted(range(len(lengths)), key=lambda n: (-lengths[n], n)):
+        if lengths[number] > token_budget:
+            raise ValueError(
+                f"token_budget: group {number} has {lengths[number]} tokens, expected at most {token_budget}; raise "
+                "the budget, or lower max_length so that responses are cut."
+            )
+        fitting = [row for row in range(len(rows)) if room[row] >= lengths[number]]
+        if fitting:
+            best = min(fitting, key=lambda row: (room[row], row))
+        else:
+            best = len(rows)
+            rows.append([])
+            room.append(token_budget)
+        rows[best].append(number)
+        room[best] -= lengths[number]
+    return sorted(sorted(row) for row in rows)

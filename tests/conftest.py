@@ -1,0 +1,15 @@
+"""Fixtures that most tests share; the makers behind them are in tiny_models.py."""
+
+import pytest
+from tiny_models import make_llava, make_processor
+
+
+@pytest.fixture(scope="session")
+def processor():
+    return make_processor()
+
+
+@pytest.fixture
+def tiny_llava(processor):
+    """(model, processor): random weights, 4 image tokens, grouped-query attention, CPU, fp32."""
+    return make_llava(), processor
