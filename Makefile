@@ -1,0 +1,37 @@
+# Two commands: `make demo` and `make test`. Each makes .venv with the pinned packages of constraints.txt if need be.
+PYTHON ?= python3
+VENV ?= .venv
+DEMO_OUT ?= runs/demo
+INSTALLED := $(VENV)/.installed
+
+.PHONY: install demo test lint aot bench clean
+
+install: $(INSTALLED)
+
+demo: $(INSTALLED)
+	$(VENV)/bin/bpo-fast demo --output_dir $(DEMO_OUT)
+
+test: $(INSTALLED)
+	$(VENV)/bin/python -m pytest
+
+lint: $(INSTALLED)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+aot: $(INSTALLED)
+	$(VENV)/bin/python -m bpo_fast.kernels.aot
+
+bench: $(INSTALLED)
+	$(VENV)/bin/python bench/throughput.py
+	$(VENV)/bin/python bench/kernels.py
+	$(VENV)/bin/python bench/noise.py
+	$(VENV)/bin/python bench/tables.py
+
+# The stamp is newer than what the extension and the dependencies are made from, or the install runs again.
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info bpo_fast/_C.*.so
