@@ -1,0 +1,267 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+from tiny_models import SPECIAL
+
+from bpo_fast.bootstrap import bootstrap, weaken
+from bpo_fast.bootstrap.generation import GenerationSettings, generate
+from bpo_fast.bootstrap.journal import Journal
+from bpo_fast.data import load_preference_dataset, read_annotations, read_image
+from bpo_fast.data.files import read_json
+
+OUTPUTS = ("pairs.jsonl", "skipped.jsonl", "metadata.json", "responses.jsonl")
+OPTIONS = {"step": 700, "seed": 5, "max_new_tokens": 5, "batch_size": 2}
+
+
+@pytest.fixture
+def tiny_llava(tiny_llava):
+    """The tiny LLaVA, kept from ending or leaving out a response."""
+    model, processor = tiny_llava
+    model.lm_head.weight.data[: len(SPECIAL)] = 0
+    return model, processor
+
+
+@pytest.fixture
+def annotated(tmp_path):
+    """(JSON path, image folder) of seven rows: five good ones, one with a damaged picture, one with none."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    rows = []
+    for number in range(7):
+        Image.frombytes("RGB", (16, 16), random.Random(number).randbytes(768)).save(folder / f"{number}.png")
+        question, answer = f"<image>\nw{number} w{number + 1}", " ".join(["w3"] * (number % 3 + 1))
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        rows.append({"id": f"r{number}", "image": f"{number}.png", "conversations": turns})
+    (folder / "2.png").write_bytes((folder / "2.png").read_bytes()[:60])
+    (folder / "4.png").unlink()
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(rows))
+    return path, folder
+
+
+def contents(folder):
+    return {name: (folder / name).read_text() for name in OUTPUTS}
+
+
+@pytest.mark.parametrize("target", ["features", "pixels", "projected"])
+def test_pairs_are_the_annotated_answer_and_the_answer_to_the_weakened_picture(
+    tiny_llava, annotated, tmp_path, target
+):
+    model, processor = tiny_llava
+    dataset = bootstrap(model, processor, *annotated, tmp_path / "out", target=target, **OPTIONS)
+    assert dataset["id"] == ["r0", "r1", "r3", "r5", "r6"]
+    annotations = {annotation.id: annotation for annotation in read_annotations(*annotated)[0]}
+    for row in dataset:
+        annotation = annotations[row["id"]]
+        image = read_image(annotated[1] / annotation.image)
+        with weaken(model, 700, target=target, seed=5, sample_ids=[annotation.sample_id]):
+            (response,) = generate(model, processor, [image], [annotation.question], GenerationSettings(5))
+        assert row["prompt"][0]["content"][1]["text"] == annotation.question
+        assert row["chosen"][0]["content"][0]["text"] == annotation.answer
+        assert row["rejected"][0]["content"][0]["text"] == response.text
+        assert (row["rejected_type"], row["rejected_truncated"]) == ("image_weakened", response.truncated)
+        assert row["images"][0].tobytes() == image.tobytes()
+
+
+def test_without_noise_the_response_is_the_models_own(tiny_llava, annotated, tmp_path):
+    model, processor = tiny_llava
+    dataset = bootstrap(model, processor, *annotated, tmp_path / "out", **OPTIONS | {"step": None})
+    row = dataset[0]
+    image = read_image(annotated[1] / "0.png")
+    (response,) = generate(model, processor, [image], ["w0 w1"], GenerationSettings(5))
+    assert row["rejected"][0]["content"][0]["text"] == response.text
+    assert row["rejected_type"] == "self_generated"
+
+
+def test_what_is_left_out_is_counted_and_listed(tiny_llava, annotated, tmp_path):
+    model, processor = tiny_llava
+    first = bootstrap(model, processor, *annotated, tmp_path / "first", **OPTIONS)
+    rows = json.loads(annotated[0].read_text())
+    rows[5]["conversations"][1]["value"] = first["rejected"][3][0]["content"][0]["text"]
+    rows[6]["conversations"][1]["value"] = "w " * 400
+    bootstrap(model, processor, rows, annotated[1], tmp_path / "out", **OPTIONS)
+    skipped = {skip["id"]: skip["reason"] for skip in read_json(tmp_path / "out" / "skipped.jsonl")}
+    assert list(skipped) == ["r2", "r4", "r5", "r6"]
+    assert "2.png cannot be decoded" in skipped["r2"]
+    assert skipped["r4"] == "image 4.png does not exist"
+    assert skipped["r5"] == "a rejected response identical to the chosen one"
+    assert skipped["r6"] == "a response of 400 words, over max_response_words=350"
+    metadata = read_json(tmp_path / "out" / "metadata.json")
+    counts = metadata["counts"]
+    assert (counts["rows"], counts["pairs"], counts["skipped"]) == (7, 3, 4)
+    assert {name: metadata["settings"][name] for name in ("step", "target", "schedule", "seed")} == {
+        "step": 700,
+        "target": "features",
+        "schedule": "sigmoid",
+        "seed": 5,
+    }
+
+
+def test_rejected_responses_that_are_too_long_or_empty_are_left_out(tiny_llava, annotated, tmp_path):
+    model, processor = tiny_llava
+    with pytest.raises(ValueError, match=r"no pair is left of 7 rows: \d have .*, all are in skipped\.jsonl"):
+        bootstrap(model, processor, *annotated, tmp_path / "out", **OPTIONS, max_response_words=1)
+    reasons = [skip["reason"] for skip in read_json(tmp_path / "out" / "skipped.jsonl")]
+    assert len(reasons) == 7
+    assert any(reason.startswith("a response of") for reason in reasons)
+    model.generation_config.eos_token_id = list(range(len(processor.tokenizer)))  # whatever comes first ends
+    model.lm_head.weight.data.zero_()  # and the first is the padding token, which is no text
+    with pytest.raises(ValueError, match="no pair is left of 7 rows: 5 have an empty response"):
+        bootstrap(model, processor, *annotated, tmp_path / "empty", **OPTIONS)
+    assert not (tmp_path / "empty" / "pairs.jsonl").exists()
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_stopped_anywhere_it_ends_as_a_run_left_alone(tiny_llava, annotated, tmp_path, monkeypatch, do_sample):
+    model, processor = tiny_llava
+    options = OPTIONS | {"do_sample": do_sample}
+    bootstrap(model, processor, *annotated, tmp_path / "whole", **options)
+    append = Journal.append
+    for batches in range(3):
+        out = tmp_path / f"stopped-{batches}"
+        left = [batches]
+
+        def stop(journal, rows, left=left):
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            append(journal, rows)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Journal, "append", stop)
+            with pytest.raises(KeyboardInterrupt):
+                bootstrap(model, processor, *annotated, out, **options)
+        assert len((out / "responses.jsonl").read_text().splitlines()) == 2 * batches
+        assert not (out / "pairs.jsonl").exists()
+        with (out / "responses.jsonl").open("a") as journal:
+            journal.write('{"row": 1, "te')
+        bootstrap(model, processor, *annotated, out, **options)
+        assert contents(out) == contents(tmp_path / "whole")
+
+
+KILLED = """
+import os, signal, sys
+from tiny_models import SPECIAL, make_llava, make_processor
+from bpo_fast.bootstrap import bootstrap
+from bpo_fast.bootstrap.journal import Journal
+append, batches = Journal.append, []
+def kill(journal, rows):
+    append(journal, rows)
+    batches.append(rows)
+    if len(batches) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+Journal.append = kill
+model = make_llava()
+model.lm_head.weight.data[: len(SPECIAL)] = 0
+bootstrap(model, make_processor(), *sys.argv[1:], step=700, seed=5, max_new_tokens=5, batch_size=2)
+"""
+
+
+def test_killed_it_goes_on_and_loses_nothing(tiny_llava, annotated, tmp_path):
+    model, processor = tiny_llava
+    bootstrap(model, processor, *annotated, tmp_path / "whole", **OPTIONS)
+    out = tmp_path / "killed"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", KILLED, *map(str, (*annotated, out))]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    done = (out / "responses.jsonl").read_text()
+    assert len(done.splitlines()) == 4
+    bootstrap(model, processor, *annotated, out, **OPTIONS)
+    assert (out / "responses.jsonl").read_text().startswith(done)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_batch_size_and_order_of_rows_change_nothing(tiny_llava, annotated, tmp_path):
+    model, processor = tiny_llava
+    expected = bootstrap(model, processor, *annotated, tmp_path / "two", **OPTIONS)
+    rows = json.loads(annotated[0].read_text())
+    out = tmp_path / "three"
+    reversed_rows = bootstrap(model, processor, rows[::-1], annotated[1], out, **OPTIONS | {"batch_size": 3})
+    assert reversed_rows["id"] == expected["id"][::-1]
+    assert reversed_rows["rejected"] == expected["rejected"][::-1]
+
+
+def test_a_model_is_loaded_from_its_path(tiny_llava, annotated, tmp_path):
+    model, processor = tiny_llava
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    expected = bootstrap(model, processor, *annotated, tmp_path / "model-given", **OPTIONS)
+    dataset = bootstrap(
+        tmp_path / "model", None, *annotated, tmp_path / "out", model_init_kwargs={"dtype": "float32"}, **OPTIONS
+    )
+    assert dataset.to_dict() == expected.to_dict()
+
+
+def test_a_finished_run_is_not_made_again(tiny_llava, annotated, tmp_path):
+    model, processor = tiny_llava
+    model.config._name_or_path = "no model is there"
+    expected = bootstrap(model, processor, *annotated, tmp_path / "out", **OPTIONS)
+    before = contents(tmp_path / "out")
+    again = bootstrap(model.name_or_path, None, *annotated, tmp_path / "out", **OPTIONS)
+    assert contents(tmp_path / "out") == before
+    assert again.to_dict() == expected.to_dict() == load_preference_dataset(tmp_path / "out").to_dict()
+
+
+def test_another_run_in_the_folder_is_refused(tiny_llava, annotated, tmp_path):
+    model, processor = tiny_llava
+    bootstrap(model, processor, *annotated, tmp_path / "out", **OPTIONS)
+    before = contents(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"holds another run \(seed is 5 there and 6 here\)"):
+        bootstrap(model, processor, *annotated, tmp_path / "out", **OPTIONS | {"seed": 6})
+    rows = json.loads(annotated[0].read_text())[1:]
+    with pytest.raises(ValueError, match=r"holds another run \(annotations is"):
+        bootstrap(model, processor, rows, annotated[1], tmp_path / "out", **OPTIONS)
+    assert contents(tmp_path / "out") == before
+
+
+def test_max_samples_draws_by_seed(tiny_llava, annotated, tmp_path):
+    model, processor = tiny_llava
+
+    def ids(name, seed):
+        options = OPTIONS | {"seed": seed, "max_samples": 3}
+        bootstrap(model, processor, *annotated, tmp_path / name, **options)
+        return sorted(row["row"] for row in read_json(tmp_path / name / "responses.jsonl"))
+
+    assert len(ids("a", 0)) == 3
+    assert ids("a", 0) == ids("b", 0)
+    assert len({tuple(ids(f"seed-{seed}", seed)) for seed in range(4)}) > 1
+
+
+def test_sampling_follows_the_seed(tiny_llava, annotated, tmp_path):
+    model, processor = tiny_llava
+    options = OPTIONS | {"do_sample": True, "step": None}
+    first = bootstrap(model, processor, *annotated, tmp_path / "first", **options)
+    other = bootstrap(model, processor, *annotated, tmp_path / "other", **options | {"seed": 6})
+    assert first["rejected"][:] != other["rejected"][:]
+
+
+def test_the_model_is_left_in_its_mode(tiny_llava, annotated, tmp_path):
+    model, processor = tiny_llava
+    model.train()
+    bootstrap(model, processor, *annotated, tmp_path / "out", **OPTIONS)
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"max_samples": 0}, "max_samples must be at least 1 or None"),
+        ({"step": 1000}, r"step must be None or lie in 0 \.\. 999, but it is 1000"),
+        ({"target": "image"}, "target must be one of"),
+        ({"schedule": "exp"}, "schedule must be one of"),
+        ({"temperature": 0.7}, "do_sample=True"),
+    ],
+)
+def test_mistakes_are_found_before_the_folder_is_taken(tiny_llava, annotated, tmp_path, options, message):
+    model, processor = tiny_llava
+    with pytest.raises(ValueError, match=message):
+        bootstrap(model, processor, *annotated, tmp_path / "out", **OPTIONS | options)
+    assert not (tmp_path / "out").exists()

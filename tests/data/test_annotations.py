@@ -1,0 +1,115 @@
+import json
+
+import pytest
+from PIL import Image
+
+from bpo_fast.data.annotations import Annotation, read_annotations, read_image
+
+
+def record(question="<image>\nWhat is this?", answer="A cat.", image="1.png", **more):
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {"id": "a", "image": image, "conversations": turns, **more}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "1.png")
+    return tmp_path
+
+
+def test_reads_the_first_turn_of_a_llava_file(folder):
+    row = record("What is this?\n<image>")
+    row["conversations"] += [{"from": "human", "value": "And now?"}, {"from": "gpt", "value": "Still."}]
+    path = folder / "data.json"
+    path.write_text(json.dumps([row]))
+    assert read_annotations(path, folder) == ([Annotation(0, "a", "1.png", "What is this?", "A cat.")], [])
+    (folder / "data.jsonl").write_text(json.dumps(row) + "\n\n" + json.dumps(row) + "\n")
+    annotations, _ = read_annotations(folder / "data.jsonl", folder)
+    assert [annotation.row for annotation in annotations] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (record(image="2.png"), "image 2.png does not exist"),
+        (record(image=""), "no 'image' path"),
+        (record("What is this?"), "no <image> in the first question where one is expected"),
+        (record("<image> <image> What?"), "2 <image> in the first question where one is expected"),
+        (record("<image>\n"), "an empty question"),
+        (record(answer=" \n"), "an empty response"),
+        (record(answer="a <image> b"), "<image> in the answer"),
+        (record(answer="w " * 8), "a response of 8 words, over max_response_words=7"),
+        (record(answer="half \ud83d"), "'utf-8' codec can't encode character"),
+        (record(conversations=[]), "no 'conversations' of a question and an answer"),
+        (
+            record(conversations=[{"from": "gpt", "value": "x"}] * 2),
+            "no text from 'human' where one is expected in the first two turns",
+        ),
+        (record(conversations=[{"from": "human", "value": "<image> x"}, {"from": "gpt"}]), "no text from 'gpt'"),
+        ("text", "a str where an object is needed"),
+    ],
+)
+def test_a_bad_row_is_skipped_and_listed(folder, row, reason):
+    annotations, skipped = read_annotations([row, record(answer="w " * 7)], folder, max_response_words=7)
+    assert [annotation.row for annotation in annotations] == [1]
+    assert [(skip.row, skip.id) for skip in skipped] == [(0, "a" if isinstance(row, dict) else "0")]
+    assert skipped[0].reason.startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[{"id": 1},\n {"id": }]', "data.json is not valid JSON: Expecting value at line 2, column 9"),
+        ('{"id": 1}', "data.json must hold a JSON list of rows, but it holds a dict"),
+        ("[]", "no usable row among 0"),
+        ('[{"image": "1.png"}]', "no usable row among 1: row 0 has no 'conversations'"),
+    ],
+)
+def test_a_bad_file_is_one_sentence(folder, text, message):
+    (folder / "data.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_annotations(folder / "data.json", folder)
+
+
+def test_files_that_cannot_be_read(folder):
+    with pytest.raises(FileNotFoundError, match=r"none\.json does not exist"):
+        read_annotations(folder / "none.json", folder)
+    with pytest.raises(FileNotFoundError, match=r"image_folder .* does not exist"):
+        read_annotations([], folder / "none")
+    (folder / "latin.json").write_bytes(b'["\xe9"]')
+    with pytest.raises(ValueError, match="not UTF-8 text: byte 2"):
+        read_annotations(folder / "latin.json", folder)
+    (folder / "rows.jsonl").write_text('{"a": 1}\n\n{"a": 1,}\n')
+    with pytest.raises(ValueError, match="at line 3, column"):
+        read_annotations(folder / "rows.jsonl", folder)
+    with pytest.raises(ValueError, match="max_response_words must be at least 1"):
+        read_annotations([], folder, max_response_words=0)
+
+
+def test_sample_id_depends_on_the_content_alone():
+    first = Annotation(0, "a", "1.png", "What?", "A cat.")
+    assert first.sample_id == Annotation(5, "a", "1.png", "What?", "A dog.").sample_id
+    others = [Annotation(0, "b", "1.png", "What?", ""), Annotation(0, "a", "2.png", "What?", "")]
+    assert len({first.sample_id, *(other.sample_id for other in others)}) == 3
+    assert all(0 <= annotation.sample_id < 2**63 for annotation in (first, *others))
+
+
+def test_read_image_decodes_to_the_end_upright_in_rgb(tmp_path):
+    picture = Image.new("L", (6, 3), 7)
+    exif = picture.getexif()
+    exif[0x0112] = 6  # turned by a quarter
+    picture.save(tmp_path / "turned.jpg", exif=exif)
+    image = read_image(tmp_path / "turned.jpg")
+    assert (image.mode, image.size) == ("RGB", (3, 6))
+    noise = Image.effect_noise((64, 64), 50)
+    for name in ("cut.png", "cut.jpg"):
+        noise.save(tmp_path / name)
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "empty.png").touch()
+    for name in ("cut.png", "cut.jpg", "text.png", "empty.png"):
+        with pytest.raises(ValueError, match=rf"image .*{name} cannot be decoded"):
+            read_image(tmp_path / name)
+    with pytest.raises(ValueError, match=r"image .*none\.png does not exist"):
+        read_image(tmp_path / "none.png")

@@ -1,0 +1,20 @@
+import doctest
+from importlib import import_module
+
+import pytest
+
+MODULES = [
+    "bpo_fast.bootstrap.generation",
+    "bpo_fast.bootstrap.journal",
+    "bpo_fast.data.annotations",
+    "bpo_fast.data.files",
+    "bpo_fast.data.formats",
+    "bpo_fast.recipe",
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_run(name):
+    result = doctest.testmod(import_module(name))
+    assert result.attempted > 0
+    assert result.failed == 0
