@@ -85,7 +85,7 @@ def noise(result):
 TABLES = {
     "throughput": ("throughput-cpu.json", throughput),
     "kernels": ("kernels-cpu.json", kernels),
-    "noise": ("noise_cpu_float32.json", noise),
+    "noise": ("noise-cpu-float32.json", noise),
 }
 
 
