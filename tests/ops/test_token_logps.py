@@ -1,0 +1,183 @@
+import doctest
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numerics import assert_within_contract, draw_targets, eager_token_logps, gradients
+
+from bpo_fast import token_logps
+from bpo_fast.ops import checks
+from bpo_fast.ops import token_logps as module
+
+HALVES_AND_FLOAT = [torch.float32, torch.bfloat16, torch.float16]
+
+
+# 127 and 5003: no power of two, one below and one above a vector; 1: a vocabulary of one token has log-prob 0.
+@settings(max_examples=60, deadline=None)
+@given(
+    dtype=st.sampled_from(HALVES_AND_FLOAT),
+    shape=st.sampled_from([(), (0,), (1,), (3, 0), (2, 9), (5, 1), (2, 2, 3)]),
+    vocab_size=st.sampled_from([1, 2, 127, 5003]),
+    scale=st.sampled_from([1.0, 30.0, 1e4]),
+    ignored=st.sampled_from([0.0, 0.3, 1.0]),
+    minus_infinity=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_contract_against_float64(dtype, shape, vocab_size, scale, ignored, minus_infinity, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = (torch.randn(*shape, vocab_size, generator=generator) * scale).to(dtype)
+    targets = draw_targets(shape, vocab_size, generator, ignored)
+    if minus_infinity:
+        removed = torch.rand(vocab_size, generator=generator) < 0.5
+        removed[targets[targets != -100].unique()] = False
+        logits = logits.masked_fill(removed, float("-inf"))
+    upstream = torch.randn(shape, generator=generator)
+    ours, (grad,) = gradients(lambda x: token_logps(x, targets), [logits], upstream)
+    plain, (plain_grad,) = gradients(lambda x: eager_token_logps(x, targets), [logits], upstream)
+    exact, (exact_grad,) = gradients(lambda x: eager_token_logps(x, targets), [logits.double()], upstream)
+    assert ours.dtype == torch.float32
+    assert grad.dtype == dtype
+    assert_within_contract(ours, plain, exact)
+    # Rows that are ignored have a gradient of exactly 0; in plain PyTorch -inf logits may make theirs NaN.
+    assert not grad[targets == -100].any()
+    kept = targets != -100
+    assert_within_contract(grad[kept], plain_grad[kept], exact_grad[kept])
+
+
+def test_target_with_probability_zero_is_minus_infinity():
+    logits = torch.tensor([[0.0, float("-inf"), 1.0]], requires_grad=True)
+    logps = token_logps(logits, torch.tensor([1]))
+    assert logps.item() == float("-inf")
+    logps.sum().backward()
+    p = torch.tensor([1.0, torch.e]) / (1 + torch.e)
+    torch.testing.assert_close(logits.grad, torch.tensor([[-p[0], 1.0, -p[1]]]))
+
+
+def test_gradcheck():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 4, 33, dtype=torch.float64, generator=generator, requires_grad=True)
+    targets = draw_targets((2, 4), 33, generator)
+    assert torch.autograd.gradcheck(lambda x: token_logps(x, targets), logits)
+
+
+def test_gradient_of_a_nearly_certain_target_is_not_rounded_to_zero():
+    # p = 1 - 2.3e-4: rounding p to bfloat16 before the subtraction from 1 would give 0.
+    logits = torch.zeros(1, 100, dtype=torch.bfloat16)
+    logits[0, 7] = 13.0
+    logits.requires_grad_()
+    token_logps(logits, torch.tensor([7])).sum().backward()
+    exact = 1 - torch.softmax(logits.detach().double(), -1)[0, 7]
+    assert abs(logits.grad[0, 7].double() / exact - 1) < 2**-8
+
+
+def test_large_logits_keep_their_digits():
+    # One unit in the last place of 1e4 is 1e-3: a saved log-sum-exp would lose the 4th digit of this log-prob.
+    logits = torch.tensor([[1e4, 1e4 - 1, 1e4 - 3]])
+    exact = torch.log_softmax(torch.tensor([0.0, -1.0, -3.0], dtype=torch.float64), -1)
+    ours = torch.cat([token_logps(logits, torch.tensor([target])) for target in range(3)])
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-6, atol=1e-6)
+
+
+def test_ignored_rows_are_not_read():
+    logits = torch.randn(4, 11)
+    logits[1] = float("nan")
+    logits.requires_grad_()
+    logps = token_logps(logits, torch.tensor([3, -100, 0, 10]))
+    logps.sum().backward()
+    assert logps.isfinite().all()
+    assert logps[1] == 0
+    assert logits.grad.isfinite().all()
+    assert not logits.grad[1].any()
+
+
+@pytest.mark.parametrize("view", ["transposed", "sliced", "expanded"])
+def test_strides(view):
+    base = torch.randn(6, 5, 13)
+    logits = {"transposed": base.transpose(0, 1), "sliced": base[1:, ::2], "expanded": base[:1].expand(4, 5, 13)}[view]
+    targets = torch.randint(0, 13, logits.shape[:-1])
+    assert torch.equal(token_logps(logits, targets), token_logps(logits.contiguous(), targets))
+
+
+def test_blocks_do_not_change_the_result(monkeypatch):
+    logits, targets = torch.randn(3, 7, 50), torch.randint(0, 50, (3, 7))
+    whole, (grad,) = gradients(lambda x: token_logps(x, targets), [logits], torch.ones(3, 7))
+    monkeypatch.setattr(module, "BLOCK_BYTES", 50 * 4)
+    rows, (row_grad,) = gradients(lambda x: token_logps(x, targets), [logits], torch.ones(3, 7))
+    assert torch.equal(whole, rows)
+    assert torch.equal(grad, row_grad)
+
+
+def test_bitwise_repeatable():
+    logits, targets = torch.randn(40, 1009).bfloat16(), torch.randint(0, 1009, (40,))
+    first, second = (gradients(lambda x: token_logps(x, targets), [logits], torch.ones(40)) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1][0], second[1][0])
+
+
+def test_int32_targets():
+    logits, targets = torch.randn(5, 9), torch.tensor([0, 8, -100, 3, 3])
+    assert torch.equal(token_logps(logits, targets.int()), token_logps(logits, targets))
+
+
+def test_backward_allocates_one_buffer_and_forward_none(monkeypatch):
+    logits = torch.randn(64, 4099, requires_grad=True)
+    targets = torch.randint(0, 4099, (64,))
+    size = logits.numel() * logits.element_size()
+    monkeypatch.setattr(module, "BLOCK_BYTES", size // 8)
+
+    def large_allocations(function):
+        with torch.profiler.profile(profile_memory=True) as profile:
+            result = function()
+        memory = [event.self_cpu_memory_usage for event in profile.events()]
+        return result, [used for used in memory if used >= size]
+
+    logps, forward = large_allocations(lambda: token_logps(logits, targets))
+    _, backward = large_allocations(lambda: logps.sum().backward())
+    assert forward == []
+    assert len(backward) == 1
+
+
+@pytest.mark.parametrize("with_reference", [False, True])
+def test_opcheck(with_reference):
+    logits = torch.randn(2, 3, 7, requires_grad=True)
+    reference = torch.randn(2, 3, 7) if with_reference else None
+    targets = torch.tensor([[0, -100, 6], [2, 2, -100]])
+    torch.library.opcheck(module._sequence_logps, (logits, reference, targets, with_reference))
+    statistics = module._sequence_logps(logits, reference, targets, False)[2].detach()
+    backward = (torch.randn(2, 3), logits.detach(), targets, statistics)
+    torch.library.opcheck(module._sequence_logps_backward, backward)
+
+
+def test_compiles_without_graph_break():
+    compiled = torch.compile(token_logps, fullgraph=True, backend="aot_eager")
+    logits, targets = torch.randn(4, 9), torch.tensor([0, -100, 8, 3])
+    ours, (grad,) = gradients(lambda x: compiled(x, targets), [logits], torch.ones(4))
+    eager, (eager_grad,) = gradients(lambda x: token_logps(x, targets), [logits], torch.ones(4))
+    assert torch.equal(ours, eager)
+    assert torch.equal(grad, eager_grad)
+
+
+@pytest.mark.parametrize(
+    ("logits", "targets", "error", "words"),
+    [
+        ([1.0], torch.tensor(0), ValueError, "logits must be a tensor"),
+        (torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), TypeError, "got int64 [2, 3]"),
+        (torch.zeros(2, 3), torch.zeros(2), TypeError, "targets must be an int64 or int32 tensor, got float32 [2]"),
+        (torch.zeros(2, 3), torch.zeros(3, dtype=torch.int64), ValueError, "targets must have shape [2], got [3]"),
+        (torch.zeros(2, 0), torch.zeros(2, dtype=torch.int64), ValueError, "V = 0"),
+        (torch.zeros(2, 3), torch.tensor([0, 3]), ValueError, "found 3"),
+        (torch.zeros(2, 3), torch.tensor([-1, 0]), ValueError, "found -1"),
+        (torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64, device="meta"), ValueError, "targets is on meta"),
+    ],
+)
+def test_errors_name_the_argument(logits, targets, error, words):
+    with pytest.raises(error) as caught:
+        token_logps(logits, targets)
+    assert words in str(caught.value)
+    assert str(caught.value).count("\n") == 0
+
+
+@pytest.mark.parametrize("documented", [module, checks])
+def test_examples(documented):
+    assert doctest.testmod(documented).failed == 0
