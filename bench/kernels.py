@@ -191,11 +191,11 @@ def main(arguments):
         (step,) = make_steps(options, [options.peak]).values()
         print(extra_peak(step, options.device))
         return
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
     levels = {"linear_dpo_loss": measure_level(options, [*LINEAR, FLOOR], "eager", arguments)}
     options.vocab_size = options.logits_vocab_size
     logits_arguments = [*arguments, "--vocab-size", str(options.logits_vocab_size)]
     levels["dpo_loss"] = measure_level(options, list(LOGITS), "eager from logits", logits_arguments)
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
     output = options.output or RESULTS / f"kernels-{options.device}.json"
     write_json(output, {"environment": environment(), "settings": settings, "levels": levels})
     plot(output.with_suffix(".png"), levels)

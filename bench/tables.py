@@ -51,9 +51,7 @@ def kernels(result):
     settings = result["settings"]
     parts = []
     for level, rows in result["levels"].items():
-        vocabulary = settings["vocab_size"]
-        if level == "linear_dpo_loss":
-            vocabulary = settings["linear_vocab_size"]
+        vocabulary = settings["vocab_size" if level == "linear_dpo_loss" else "logits_vocab_size"]
         what = (
             f"`{level}`, forward and backward, live reference, {settings['tokens']:,} tokens, "
             f"V = {vocabulary:,}, {settings['dtype']}"

@@ -38,7 +38,8 @@ class BPOConfig(TrainingArguments):
         learning_rate: peak learning rate; the paper trains at 2e-6.
         beta: strength of the pull to the reference (Rafailov et al. 2023, equation 7).
         loss_type: "sigmoid", "hinge", "ipo", or "sft" for maximum likelihood of the chosen responses alone.
-        label_smoothing: probability that a preference is the wrong way round, for "sigmoid", where TRL does not smooth.
+        label_smoothing: probability that a preference is the wrong way round, for "sigmoid" (TRL does not
+            smooth it).
         max_length: most positions of prompt, image and response together; a longer response is cut at its end.
         token_budget: most tokens of one packed row. A step whose pairs need more runs several rows one after the
             other, with the same result in less memory. None runs a step's pairs as one row.
