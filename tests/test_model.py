@@ -7,7 +7,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import VOCAB_SIZE, make_llava
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaForConditionalGeneration,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from bpo_fast.model import (
     enable_packed_forward,
@@ -109,6 +116,26 @@ def test_groups_may_come_in_any_order():
     ours = packed_logps(model, groups, pixels).view(4, 2)
     moved = packed_logps(model, [groups[n] for n in order], pixels[order]).view(4, 2)
     assert relative(moved, ours[order]) < 1e-6
+
+
+@pytest.mark.parametrize("text_config", [MistralConfig, Qwen2Config, Qwen3Config], ids=lambda c: c.model_type)
+def test_other_language_models(text_config):
+    config = make_llava().config
+    config.text_config = text_config(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        pad_token_id=0,
+        initializer_range=0.2,
+    )
+    torch.manual_seed(0)
+    model, groups = with_lora(LlavaForConditionalGeneration(config).eval()), random_groups(6, 2)
+    pixels = torch.randn(len(groups), 3, 16, 16)
+    assert relative(packed_logps(model, groups, pixels), padded_logps(model, groups, pixels)) < 1e-5
 
 
 def test_checkpointed_activations_change_nothing():

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -143,19 +144,19 @@ RUN = """
 import sys
 sys.path.insert(0, {tests!r})
 from test_trainer import resumable
-resumable({folder!r})
+resumable({folder!r}, pause=0.2)
 """
 
 
-def resumable(folder):
-    """Train with dropout in the adapter's place for randomness in the data order, and save at every second step."""
+def resumable(folder, pause=0.0):
+    """Train with dropout, so that the random state matters too, and save at every second step."""
     options = settings(folder, max_steps=14, save_strategy="steps", save_steps=2, save_total_limit=2)
     trainer = BPOTrainer(
         model=make_llava(),
         args=BPOConfig(**options, lr_scheduler_type="cosine", disable_dropout=False),
         train_dataset=Dataset.from_list(make_pairs(24)),
         processing_class=make_processor(),
-        callbacks=[_Slowly()],
+        callbacks=[_Slowly(pause)],
         peft_config=LoraConfig(r=4, lora_dropout=0.2),
     )
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
@@ -163,8 +164,12 @@ def resumable(folder):
 
 
 class _Slowly(TrainerCallback):
+    def __init__(self, pause):
+        self.pause = pause
+
     def on_step_end(self, args, state, control, **kwargs):
         print(state.global_step, flush=True)
+        time.sleep(self.pause)
 
 
 def _start(folder):
@@ -176,12 +181,12 @@ def test_killed_and_resumed_gives_the_same_bits(tmp_path):
     resumable(tmp_path / "alone")
     expected = load_file(tmp_path / "alone" / "adapter_model.safetensors")
     folder = tmp_path / "killed"
-    rng = __import__("random").Random(time.time_ns())
+    rng = random.Random(time.time_ns())
     process = _start(folder)
-    stop_after = rng.randint(3, 11)
+    stop_after = rng.randint(3, 10)
     for line in process.stdout:
         if line.strip() == str(stop_after):
-            time.sleep(rng.uniform(0, 0.3))  # anywhere in the next step, or in the saving of this one
+            time.sleep(rng.uniform(0, 0.5))  # in this step's saving, the next step, or the one after it
             process.send_signal(signal.SIGKILL)
             break
     assert process.wait() == -signal.SIGKILL
@@ -190,6 +195,29 @@ def test_killed_and_resumed_gives_the_same_bits(tmp_path):
     ours = load_file(folder / "adapter_model.safetensors")
     assert ours.keys() == expected.keys()
     assert all(torch.equal(ours[name], expected[name]) for name in expected), f"killed after step {stop_after}"
+
+
+RANK = """
+import json, sys
+sys.path.insert(0, {tests!r})
+from test_trainer import history, run
+trainer = run({folder!r}, max_steps=5, per_device_train_batch_size=2)
+if trainer.is_world_process_zero():
+    json.dump([history(trainer, name) for name in ("loss", "grad_norm", "rewards/margins")], open({answer!r}, "w"))
+"""
+
+
+def test_two_processes_train_as_one(tmp_path):
+    alone = run(tmp_path / "alone", max_steps=5, per_device_train_batch_size=4)
+    script = tmp_path / "rank.py"
+    places = {"tests": os.path.dirname(__file__), "folder": str(tmp_path / "two"), "answer": str(tmp_path / "answer")}
+    script.write_text(RANK.format(**places))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    finished = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    names = ("loss", "grad_norm", "rewards/margins")
+    for name, values in zip(names, json.loads((tmp_path / "answer").read_text()), strict=True):
+        assert values == pytest.approx(history(alone, name), rel=1e-4, abs=1e-5), name
 
 
 def test_half_written_checkpoints_are_passed_over(tmp_path):
