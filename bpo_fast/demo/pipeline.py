@@ -1,0 +1,229 @@
+"""The whole method on the miniature world: world, pairs, training, evaluation, report.
+
+    bpo-fast demo --output_dir bpo-demo --seeds 0
+
+A stage's last file appears complete and at once. A run that was killed goes on at the stage it was in: bootstrap and
+evaluations in their middle, a training, which takes a minute, from its start.
+"""
+
+import random
+import time
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from peft import LoraConfig
+
+from bpo_fast.bootstrap import bootstrap
+from bpo_fast.data.files import claim_folder, read_json, write_json
+from bpo_fast.data.pairs import load_preference_dataset
+from bpo_fast.demo import world
+from bpo_fast.demo.scoring import LogpsProbe, likelihood_by_step
+from bpo_fast.demo.tiny_llava import CHECKPOINT
+from bpo_fast.evaluate import evaluate
+from bpo_fast.model import enable_packed_forward, load_model, load_processor
+from bpo_fast.trainer import BPOConfig, BPOTrainer
+
+METHODS = {"bpo": "sigmoid", "sft": "sft"}  # loss_type of each
+LIKELIHOOD_STEPS = (None, 100, 200, 300, 400, 500, 600, 700, 800, 900, 999)
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What decides the demo's figures.
+
+    BPO and SFT share everything but the loss: pairs, order, steps, learning rate, adapter.
+    """
+
+    num_annotations: int = 1500
+    # The annotated pictures are of the world that the model's habit comes from and hold no exception to it: answers
+    # that SFT can imitate without looking. Held-out pictures are all exceptions.
+    annotation_bias: float = 1.0
+    num_heldout: int = 200
+    noise_step: int = 900
+    num_probe_pairs: int = 48
+    train_steps: int = 100
+    batch_size: int = 8
+    learning_rate: float = 3e-4
+    beta: float = 0.1
+    lora_r: int = 32
+    lora_alpha: int = 64
+    num_likelihood_scenes: int = 64
+
+
+def run(output_dir, *, seeds=(0,), settings: DemoSettings | None = None, model_path=CHECKPOINT) -> dict:
+    """Run all stages for each seed and write `report.html` and `results.json`.
+
+    Args:
+        output_dir: folder of this run alone; a killed run in it goes on.
+        seeds: one run each. A seed sets the pictures, the noise, the order of training and the adapter's first
+            weights; the model that it starts from is the same.
+        settings: sizes and hyper-parameters.
+        model_path: the tiny LLaVA.
+
+    Returns:
+        What `results.json` holds: `mean` and `seeds`, each with the scores of "base", "sft" and "bpo".
+
+    Raises:
+        ValueError: no seed, or `output_dir` holds another run.
+        ImportError: matplotlib is missing.
+    """
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise ValueError(f"seeds: found {list(seeds)}, expected at least one and each once.")
+    if find_spec("matplotlib") is None:
+        raise ImportError("the demo's report needs matplotlib; pip install 'bpo-fast[plots]'.")
+    from bpo_fast.demo.report import write_report
+
+    settings = settings or DemoSettings()
+    output_dir = Path(output_dir)
+    claim_folder(output_dir, {"seeds": list(seeds), "model": str(model_path), **asdict(settings)})
+    begin = time.perf_counter()
+    runs = [_run_seed(output_dir / f"seed-{seed}", seed, settings, model_path) for seed in seeds]
+    results = {"settings": asdict(settings), "seeds": runs, "mean": _mean([run["scores"] for run in runs])}
+    write_json(output_dir / "results.json", results)
+    report = write_report(output_dir, results)
+    _print_summary(results)
+    print(f"report: {report} ({time.perf_counter() - begin:.0f} s)")
+    return results
+
+
+def _run_seed(folder, seed, settings, model_path):
+    folder.mkdir(exist_ok=True)
+    processor = load_processor(model_path)
+    print(f"seed {seed}, 1/4: pictures of a miniature world")
+    annotations, heldout = _make_world(folder, seed, settings)
+    print(f"seed {seed}, 2/4: preference pairs from weakened pictures")
+    pairs = _bootstrap(folder / "pairs", annotations, seed, settings, model_path, processor)
+    print(f"seed {seed}, 3/4: training")
+    for method in METHODS:
+        _train(folder / method, method, pairs, seed, settings, model_path, processor)
+    print(f"seed {seed}, 4/4: evaluation on {settings.num_heldout} held-out pictures")
+    scores = {method: _evaluate(folder, method, heldout, model_path, processor) for method in ("base", *METHODS)}
+    likelihood = _stage(folder / "likelihood.json", lambda: _likelihood(seed, settings, model_path, processor))
+    logps = {method: read_json(folder / method / "logps.json") for method in METHODS}
+    return {
+        "seed": seed,
+        "num_pairs": len(pairs),
+        "scores": scores,
+        "logps": logps,
+        "likelihood": likelihood,
+    }
+
+
+def _stage(path, make):
+    """The JSON at `path`, made first where it is missing."""
+    if not path.exists():
+        write_json(path, make())
+    return read_json(path)
+
+
+def _make_world(folder, seed, settings):
+    annotations, heldout = folder / "annotated" / "instruct.json", folder / "heldout"
+    if not annotations.exists():
+        world.write_instruct(
+            annotations.parent, settings.num_annotations, bias=settings.annotation_bias, seed=10 * seed + 1
+        )
+    questions = heldout / "descriptions.json", heldout / "yes_no.json"
+    if not questions[-1].exists():
+        world.write_heldout(heldout, settings.num_heldout, bias=0.0, seed=10 * seed + 2)
+    return annotations, questions
+
+
+def _bootstrap(folder, annotations, seed, settings, model_path, processor):
+    if (folder / "pairs.jsonl").exists():
+        return load_preference_dataset(folder)
+    return bootstrap(
+        load_model(model_path, dtype=torch.float32, device="cpu"),
+        processor,
+        annotations,
+        annotations.parent / "images",
+        folder,
+        step=settings.noise_step,
+        seed=seed,
+        max_new_tokens=48,
+        batch_size=64,
+    )
+
+
+def _train(folder, method, pairs, seed, settings, model_path, processor):
+    if (folder / "logps.json").exists():
+        return
+    probe_pairs = pairs.select(range(len(pairs) - settings.num_probe_pairs, len(pairs)))
+    probe = LogpsProbe(processor, probe_pairs, interval=max(settings.train_steps // 10, 1))
+    trainer = BPOTrainer(
+        model=load_model(model_path, dtype=torch.float32, device="cpu"),
+        args=BPOConfig(
+            output_dir=str(folder),
+            loss_type=METHODS[method],
+            beta=settings.beta,
+            max_steps=settings.train_steps,
+            per_device_train_batch_size=settings.batch_size,
+            learning_rate=settings.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=0.03,
+            seed=seed,
+            use_cpu=True,
+            gradient_checkpointing=False,
+            logging_strategy="no",
+            save_strategy="no",
+            report_to="none",
+        ),
+        train_dataset=pairs.select(range(len(pairs) - settings.num_probe_pairs)),
+        processing_class=processor,
+        callbacks=[probe],
+        peft_config=LoraConfig(r=settings.lora_r, lora_alpha=settings.lora_alpha, task_type="CAUSAL_LM"),
+    )
+    trainer.train()
+    trainer.save_model()
+    write_json(folder / "logps.json", probe.history)
+
+
+def _evaluate(folder, method, questions, model_path, processor):
+    adapter = None if method == "base" else folder / method
+    model = load_model(model_path, dtype=torch.float32, device="cpu", adapter=adapter)
+    options = {"adapter": adapter, "max_new_tokens": 48, "batch_size": 64}
+    descriptions, yes_no = questions
+    images = descriptions.parent / "images"
+    scores = folder / "scores"
+    return {
+        "chair": evaluate(
+            model,
+            processor,
+            descriptions,
+            images,
+            scores / f"{method}-chair",
+            kind="chair",
+            synonyms=world.synonym_table(),
+            **options,
+        ),
+        "pope": evaluate(model, processor, yes_no, images, scores / f"{method}-pope", kind="pope", **options),
+    }
+
+
+def _likelihood(seed, settings, model_path, processor):
+    model = load_model(model_path, dtype=torch.float32, device="cpu")
+    enable_packed_forward(model)
+    rng = random.Random(10 * seed + 3)
+    scenes = [world.sample_scene(rng, bias=0.0) for _ in range(settings.num_likelihood_scenes)]
+    return likelihood_by_step(model, processor, scenes, LIKELIHOOD_STEPS, seed=seed)
+
+
+def _mean(scores):
+    """Mean over seeds of the rates; `scores` as `_run_seed` gives them."""
+    rates = {"chair": ("response_rate", "object_rate"), "pope": ("accuracy", "f1", "yes_ratio")}
+    return {
+        method: {
+            kind: {rate: fmean(score[method][kind][rate] for score in scores) for rate in names}
+            for kind, names in rates.items()
+        }
+        for method in ("base", *METHODS)
+    }
+
+
+def _print_summary(results):
+    print(f"{'':6}{'hallucinated responses':>24}{'objects':>10}{'yes/no accuracy':>18}")
+    for method, score in results["mean"].items():
+        rates = score["chair"]["response_rate"], score["chair"]["object_rate"], score["pope"]["accuracy"]
+        print(f"{method:6}{rates[0]:>24.1%}{rates[1]:>10.1%}{rates[2]:>18.1%}")

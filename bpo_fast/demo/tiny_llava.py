@@ -1,0 +1,304 @@
+"""A tiny real LLaVA with a language prior: built and trained here, shipped in `checkpoint/`.
+
+    python -m bpo_fast.demo.tiny_llava --output_dir checkpoint
+
+It is a `LlavaForConditionalGeneration` with its `LlavaProcessor`, in the layout of llava-hf/llava-1.5-7b-hf: CLIP
+tower, features of its last but one layer without the class token, two-layer projector, Llama. Brought up in four
+stages:
+
+1. the vision tower learns what color and shape each patch belongs to, in an unbiased world;
+2. the language model reads sentences about a biased world;
+3. projector and language model learn to answer questions about pictures of an unbiased world: all can be seen;
+4. both go on with pictures of a biased world that are hard to make out. Saying what is typical pays there, and it
+   becomes a habit that overrules pictures as clear as day.
+
+So the image features hold the truth and the model has known how to read them, but out of habit it says what usually
+is there: what preference training of the language model alone can put right.
+"""
+
+import argparse
+import os
+import random
+import shutil
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch.nn.functional import cross_entropy
+from tqdm.auto import tqdm
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
+
+from bpo_fast.bootstrap import weaken
+from bpo_fast.demo import world
+from bpo_fast.demo.scoring import render_prompt
+
+CHECKPOINT = Path(__file__).with_name("checkpoint")
+
+PIXELS = 48  # the processor's size; a cell of the world is 16 pixels, four patches
+PATCH = 8
+FEATURE_SCALE = 0.5  # root mean square of the features: the last steps of the noise schedule hide a picture
+CORPUS_BIAS = 0.99
+HABIT_STEPS = (700, 999)  # noise on the pictures of stage 4
+NO_OBJECT = len(world.COLORS), len(world.SHAPES)  # color and shape label of an empty patch
+
+# LLaVA-1.5's "USER: <image>\nquestion ASSISTANT: answer", closed by </s> as Vicuna was trained.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{% set texts = message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | join(' ') %}"
+    "{% if message['role'] == 'assistant' %}"
+    "{{ 'ASSISTANT:' }}{% generation %}{{ ' ' + texts + eos_token }}{% endgeneration %}"
+    "{% else %}"
+    "{{ message['role'].upper() + ': ' }}"
+    "{% for content in message['content'] if content['type'] == 'image' %}{{ '<image>\\n' }}{% endfor %}"
+    "{{ texts + ' ' }}"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+def build_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
+    """Byte-level BPE over the world's sentences: a word of the world is one token, any other text still encodes."""
+    rng = random.Random(seed)
+    texts = [f"USER: \n{question} ASSISTANT: {answer}" for question, answer in _conversations(rng, 0.0, 4000)]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+    )
+    names = dict(zip(("unk_token", "bos_token", "eos_token", "pad_token"), specials, strict=False))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        **names,
+        extra_special_tokens={"image_token": "<image>"},
+        model_max_length=512,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_processor(seed: int = 0) -> LlavaProcessor:
+    side = {"height": PIXELS, "width": PIXELS}
+    image_processor = CLIPImageProcessorPil(size={"shortest_edge": PIXELS}, crop_size=side)
+    return LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=build_tokenizer(seed),
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,  # CLIP's class token, which "default" then drops
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
+    """The untrained model, float32."""
+    vision_config = CLIPVisionConfig(
+        image_size=PIXELS,
+        patch_size=PATCH,
+        hidden_size=96,
+        intermediate_size=192,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        projection_dim=96,
+    )
+    text_config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=96,
+        intermediate_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    config = LlavaConfig(
+        vision_config=vision_config,
+        text_config=text_config,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=(PIXELS // PATCH) ** 2,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+    )
+    return LlavaForConditionalGeneration(config)
+
+
+def _conversations(rng, bias, count):
+    return [world.sample_conversation(rng, bias)[1:] for _ in range(count)]
+
+
+def _fit(name, parameters, loss_of_batch, *, steps, learning_rate):
+    """AdamW with a warm-up of 5 % and a linear decay over `steps` calls of `loss_of_batch()`."""
+    parameters = list(parameters)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / (0.05 * steps), (steps - step) / steps)
+    )
+    progress = tqdm(range(steps), desc=name)
+    for _ in progress:
+        loss = loss_of_batch()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        progress.set_postfix(loss=f"{loss.item():.3f}")
+
+
+def patch_labels(scene: world.Scene) -> torch.Tensor:
+    """Color and shape index of the object that owns each patch: int64 [patches, 2], row by row."""
+    labels = torch.tensor(NO_OBJECT).repeat(world.GRID, world.GRID, 1)
+    for (column, row), item in world.cells(scene).items():
+        labels[row, column] = torch.tensor([list(world.COLORS).index(item.color), world.SHAPES.index(item.shape)])
+    patches_of_cell = PIXELS // PATCH // world.GRID
+    return labels.repeat_interleave(patches_of_cell, 0).repeat_interleave(patches_of_cell, 1).flatten(0, 1)
+
+
+def train_vision(model, processor, *, steps, batch_size, learning_rate, seed):
+    """Stage 1: every patch tells its object's color and shape and the ground, through one linear layer."""
+    rng = random.Random(seed)
+    tower = model.model.vision_tower
+    num_colors, num_shapes = len(world.COLORS) + 1, len(world.SHAPES) + 1
+    head = torch.nn.Linear(tower.config.hidden_size, num_colors + num_shapes + len(world.GROUNDS))
+
+    def loss_of_batch():
+        scenes = [world.sample_scene(rng, bias=0.0) for _ in range(batch_size)]
+        pixels = processor.image_processor([world.draw(scene) for scene in scenes], return_tensors="pt")
+        features = tower(pixels["pixel_values"], output_hidden_states=True).hidden_states[-2][:, 1:]
+        color, shape, ground = head(features).split([num_colors, num_shapes, len(world.GROUNDS)], -1)
+        labels = torch.stack([patch_labels(scene) for scene in scenes])
+        grounds = torch.tensor([list(world.GROUNDS).index(scene.ground) for scene in scenes])
+        scale = (features.pow(2).mean(-1) / FEATURE_SCALE**2 - 1).pow(2).mean()
+        return (
+            cross_entropy(color.flatten(0, 1), labels[..., 0].flatten())
+            + cross_entropy(shape.flatten(0, 1), labels[..., 1].flatten())
+            + cross_entropy(ground.flatten(0, 1), grounds.repeat_interleave(labels.shape[1]))
+            + 0.1 * scale
+        )
+
+    parameters = [*tower.parameters(), *head.parameters()]
+    _fit("1/4 vision tower", parameters, loss_of_batch, steps=steps, learning_rate=learning_rate)
+
+
+def train_language(model, processor, *, steps, batch_size, learning_rate, seed):
+    """Stage 2: next-token prediction on sentences about the biased world."""
+    rng = random.Random(seed)
+    tokenizer = processor.tokenizer
+
+    def loss_of_batch():
+        texts = world.text_corpus(batch_size, bias=CORPUS_BIAS, seed=rng.getrandbits(32))
+        batch = tokenizer([text + tokenizer.eos_token for text in texts], padding=True, return_tensors="pt")
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss
+
+    parameters = [*model.model.language_model.parameters(), *model.lm_head.parameters()]
+    _fit("2/4 language model", parameters, loss_of_batch, steps=steps, learning_rate=learning_rate)
+
+
+def collate(processor, images, prompts, responses) -> dict[str, torch.Tensor]:
+    """Model inputs of a batch, prompts padded on the left and responses on the right, and labels on the responses.
+
+    Args:
+        processor: of a LLaVA.
+        images: one a row.
+        prompts: rendered prompts, each with one `<image>` and with its BOS.
+        responses: texts that follow, as the tokenizer should see them: with their leading space.
+    """
+    prompt = processor(
+        text=list(prompts),
+        images=list(images),
+        padding=True,
+        padding_side="left",
+        add_special_tokens=False,
+        return_tensors="pt",
+    )
+    response = processor.tokenizer(
+        list(responses), padding=True, padding_side="right", add_special_tokens=False, return_tensors="pt"
+    )
+    labels = response["input_ids"].masked_fill(response["attention_mask"] == 0, -100)
+    return {
+        "pixel_values": prompt["pixel_values"],
+        "input_ids": torch.cat([prompt["input_ids"], response["input_ids"]], 1),
+        "attention_mask": torch.cat([prompt["attention_mask"], response["attention_mask"]], 1),
+        "labels": torch.cat([torch.full_like(prompt["input_ids"], -100), labels], 1),
+    }
+
+
+def answer_questions(name, model, processor, *, bias, noise_steps, steps, batch_size, learning_rate, seed):
+    """Stages 3 and 4: projector and language model answer questions about pictures.
+
+    Args:
+        name: label of the progress bar.
+        bias: of the world that the pictures are of.
+        noise_steps: bounds of the noise step that is drawn for each picture, or None for clear pictures.
+    """
+    rng = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    eos = processor.tokenizer.eos_token
+    model.model.vision_tower.requires_grad_(False)
+
+    def loss_of_batch():
+        rows = [world.sample_conversation(rng, bias) for _ in range(batch_size)]
+        images = [world.draw(scene) for scene, _, _ in rows]
+        prompts = [render_prompt(processor, question) for _, question, _ in rows]
+        batch = collate(processor, images, prompts, [f" {answer}{eos}" for _, _, answer in rows])
+        step = None if noise_steps is None else torch.randint(*noise_steps, (batch_size,), generator=generator)
+        with weaken(model, step, seed=rng.getrandbits(32)):
+            return model(**batch).loss
+
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    _fit(name, parameters, loss_of_batch, steps=steps, learning_rate=learning_rate)
+    model.model.vision_tower.requires_grad_(True)
+
+
+def train(output_dir: str | os.PathLike, *, seed: int = 0) -> None:
+    """Bring up the tiny model and write model and processor to `output_dir`."""
+    set_seed(seed)
+    processor = build_processor(seed)
+    model = build_model(processor.tokenizer)
+    train_vision(model, processor, steps=700, batch_size=64, learning_rate=2e-3, seed=seed + 1)
+    train_language(model, processor, steps=900, batch_size=96, learning_rate=1e-3, seed=seed + 2)
+    stages = (
+        ("3/4 seeing", {"bias": 0.0, "noise_steps": None, "steps": 600, "learning_rate": 2e-3}),
+        ("4/4 habit", {"bias": CORPUS_BIAS, "noise_steps": HABIT_STEPS, "steps": 80, "learning_rate": 1e-3}),
+    )
+    for number, (name, options) in enumerate(stages, start=3):
+        answer_questions(name, model, processor, batch_size=64, seed=seed + number, **options)
+    output_dir = Path(output_dir)
+    partial = output_dir.with_name(output_dir.name + ".tmp")
+    model.save_pretrained(partial)
+    processor.save_pretrained(partial)
+    if output_dir.exists():
+        shutil.rmtree(output_dir)
+    os.replace(partial, output_dir)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--output_dir", default=str(CHECKPOINT))
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    train(arguments.output_dir, seed=arguments.seed)
+
+
+if __name__ == "__main__":
+    main()
