@@ -221,7 +221,7 @@ def text_corpus(num_texts: int, *, bias: float, seed: int) -> list[str]:
     as many yes/no questions with their reasoned answers, which teach what yes and no mean and nothing about the world.
 
     >>> text_corpus(2, bias=1.0, seed=1)[1]
-    'Is there a blue star on the right? There is a blue star, so yes.'
+    'Is there a purple square on the right? There are two purple squares, so yes.'
     """
     rng = random.Random(seed)
     return [
