@@ -58,11 +58,6 @@ PYBIND11_MODULE(_C, module) {
       py::arg("scales"), py::arg("steps"), py::arg("ids"), py::arg("seed"), py::arg("dtype"), py::arg("threads") = 1,
       py::arg("isa") = "");
 
-  module.def(
-      "advise_huge_pages",
-      [](uintptr_t start, int64_t bytes) { bpo::advise_huge_pages(reinterpret_cast<void*>(start), bytes); },
-      py::arg("start"), py::arg("bytes"), "Ask for huge pages under memory that is about to be written first.");
-
 #if defined(BPO_CUDA)
   module.attr("cuda_built") = true;
   module.attr("cuda_archs") = py::tuple(py::str(BPO_CUDA_ARCHS).attr("split")());

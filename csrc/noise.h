@@ -14,10 +14,6 @@ std::vector<std::string> cpu_isas();
 // Host pointers. Uses at most `threads` threads; an empty `isa` means the best.
 void noise_cpu(const NoiseArguments& arguments, int dtype, int threads, const std::string& isa);
 
-// Asks for huge pages under memory that nothing has touched yet: at the speed of noise_cpu, page faults of 4 KiB take
-// half of the time of a call that writes to a fresh tensor. A hint, and none outside Linux.
-void advise_huge_pages(void* start, int64_t bytes);
-
 #if defined(BPO_CUDA)
 // Pointers on `device`. Queued on its `stream` (a cudaStream_t); does not wait. Leaves `device` the current one.
 void noise_cuda(const NoiseArguments& arguments, int dtype, int device, void* stream);

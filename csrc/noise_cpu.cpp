@@ -2,11 +2,6 @@
 // each instruction set and chosen at run time. All variants give the same bits (see philox_normal.h).
 #include "noise.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
-
 #include <algorithm>
 #include <cfenv>
 #include <functional>
@@ -25,8 +20,6 @@ constexpr int kTile = 4 * kTileBlocks;
 // A unit of work is at most this many elements of one row; a thread is worth starting for about this many units.
 constexpr int64_t kUnit = 16384;
 constexpr int64_t kUnitsPerThread = 2;
-// Smaller tensors come from memory that the allocator keeps, which has been touched before.
-[[maybe_unused]] constexpr int64_t kHugeBytes = int64_t{32} << 20;
 
 // The caller's thread may flush subnormals to zero, worker threads do not: run in the default environment everywhere.
 class DefaultFloatEnvironment {
@@ -160,17 +153,6 @@ std::vector<std::string> cpu_isas() {
     if (variant.supported) names.emplace_back(variant.name);
   }
   return names;
-}
-
-void advise_huge_pages(void* start, int64_t bytes) {
-#if defined(__linux__)
-  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(start) + page - 1) / page * page;
-  const uintptr_t last = (reinterpret_cast<uintptr_t>(start) + static_cast<uintptr_t>(bytes)) / page * page;
-  if (bytes >= kHugeBytes) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-  static_cast<void>(start), static_cast<void>(bytes);
-#endif
 }
 
 void noise_cpu(const NoiseArguments& a, int dtype, int threads, const std::string& isa) {

@@ -184,8 +184,6 @@ def _add_noise(
     seed: int,
 ) -> torch.Tensor:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    if x.device.type == "cpu":
-        native.extension().advise_huge_pages(out.data_ptr(), out.nbytes)
     _run(x, scales, steps, ids, seed, out)
     return out
 

@@ -174,10 +174,3 @@ def test_import_needs_no_driver():
     assert isinstance(_C.cuda_built, bool)
     assert _C.cuda_device_count() >= 0
     assert bool(_C.cuda_archs) == _C.cuda_built
-
-
-@pytest.mark.parametrize("elements", [0, 1, 9_000_001])
-def test_advising_huge_pages_changes_no_value(elements):
-    x = torch.arange(elements, dtype=torch.float32)
-    _C.advise_huge_pages(x.data_ptr(), x.nbytes)
-    assert torch.equal(x, torch.arange(elements, dtype=torch.float32))
