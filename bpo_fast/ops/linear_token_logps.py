@@ -114,7 +114,10 @@ def _logits_buffer(hidden, weight, num_tokens):
 def _linear_token_logps(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, softcap: float | None, with_rows: bool
 ) -> tuple[Tensor, Tensor]:
-    """logps [N] in the accumulation dtype, and the unit-gradient rows [N, H] in hidden's dtype if asked for."""
+    """logps [N] and, if asked for, the unit-gradient rows [N, H], both in the accumulation dtype.
+
+    Rows in hidden's 16-bit dtype would be rounded twice, here and after the loss has scaled them.
+    """
     check_target_range(targets, len(weight))
     logps, rows = _linear_token_logps_fake(hidden, weight, targets, bias, softcap, with_rows)
     logps.zero_()
@@ -136,7 +139,7 @@ def _linear_token_logps(
 @_linear_token_logps.register_fake
 def _linear_token_logps_fake(hidden, weight, targets, bias, softcap, with_rows):
     logps = hidden.new_empty(targets.shape, dtype=accumulation_dtype(hidden.dtype))
-    return logps, torch.empty(hidden.shape if with_rows else (0,), dtype=hidden.dtype, device=hidden.device)
+    return logps, torch.empty(hidden.shape if with_rows else (0,), dtype=logps.dtype, device=hidden.device)
 
 
 @torch.library.custom_op("bpo_fast::linear_token_logps_head_grad", mutates_args=())
@@ -175,6 +178,7 @@ def _head_gradient_fake(grad, hidden, weight, targets, bias, softcap):
 
 def _setup_context(ctx, inputs, output):
     hidden, weight, targets, bias, ctx.softcap, _ = inputs
+    ctx.hidden_dtype = hidden.dtype
     ctx.set_materialize_grads(False)
     head_is_trained = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
     # Hidden states are kept for the second sweep alone; otherwise the unit-gradient rows are all that stays.
@@ -188,7 +192,7 @@ def _backward(ctx, grad, _):
     rows, *head = ctx.saved_tensors
     grad_hidden = grad_weight = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_hidden = (grad[:, None] * rows).to(rows.dtype)
+        grad_hidden = (grad[:, None] * rows).to(ctx.hidden_dtype)
     if ctx.head_is_trained:
         grad_weight, grad_bias = _head_gradient(grad.contiguous(), *head, ctx.softcap)
     return (
