@@ -1,5 +1,5 @@
 // Python's view of the extension: pointers as integers, sizes in elements. Nothing is checked here beyond the dtype
-// code; bpo_fast.ops.noise checks tensors.
+// codes; bpo_fast.ops.noise and bpo_fast.ops.noise_rows check tensors.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -12,51 +12,66 @@ namespace py = pybind11;
 
 namespace {
 
-bpo::NoiseArguments arguments(uintptr_t x, uintptr_t out, int64_t rows, int64_t n, int64_t x_stride,
-                              int64_t out_stride, uintptr_t scales, uintptr_t steps, uintptr_t ids, int64_t seed) {
-  return {reinterpret_cast<const void*>(x),
-          reinterpret_cast<void*>(out),
-          rows,
-          n,
-          x_stride,
-          out_stride,
-          reinterpret_cast<const float*>(scales),
-          reinterpret_cast<const int64_t*>(steps),
-          reinterpret_cast<const int64_t*>(ids),
-          static_cast<uint64_t>(seed)};
+// NoiseArguments with every field by name; Python and philox_normal.h use the same names.
+bpo::NoiseArguments arguments(uintptr_t x, uintptr_t out, int64_t samples, int64_t n, int64_t x_stride,
+                              int64_t out_stride, int64_t width, int64_t levels, int64_t level_stride,
+                              uintptr_t scales, uintptr_t steps, uintptr_t ids, uintptr_t source, uintptr_t out_rows,
+                              int64_t seed, bool ladder) {
+  bpo::NoiseArguments a;
+  a.x = reinterpret_cast<const void*>(x);
+  a.out = reinterpret_cast<void*>(out);
+  a.samples = samples;
+  a.n = n;
+  a.x_stride = x_stride;
+  a.out_stride = out_stride;
+  a.width = width;
+  a.levels = levels;
+  a.level_stride = level_stride;
+  a.scales = reinterpret_cast<const float*>(scales);
+  a.steps = reinterpret_cast<const int64_t*>(steps);
+  a.ids = reinterpret_cast<const int64_t*>(ids);
+  a.source = reinterpret_cast<const int64_t*>(source);
+  a.out_rows = reinterpret_cast<const int64_t*>(out_rows);
+  a.seed = static_cast<uint64_t>(seed);
+  a.ladder = ladder;
+  return a;
 }
 
-void check_dtype(int dtype) {
+void check_dtype(const char* name, int dtype) {
   if (dtype < bpo::kFloat32 || dtype > bpo::kFloat16) {
-    throw py::value_error("dtype is " + std::to_string(dtype) + "; expected 0 (float32), 1 (bfloat16) or 2 (float16)");
+    throw py::value_error(std::string(name) + " is " + std::to_string(dtype) +
+                          "; expected 0 (float32), 1 (bfloat16) or 2 (float16)");
   }
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-  module.doc() = "Native half of bpo_fast.add_noise: pointers, sizes and a stream.";
+  module.doc() = "Native half of bpo_fast's noise ops: pointers, sizes and a stream.";
+
+  py::class_<bpo::NoiseArguments>(module, "NoiseArguments", "What one call works on; see csrc/philox_normal.h.")
+      .def(py::init(&arguments), py::kw_only(), py::arg("x"), py::arg("out"), py::arg("samples"), py::arg("n"),
+           py::arg("x_stride"), py::arg("out_stride"), py::arg("width"), py::arg("levels") = 1,
+           py::arg("level_stride") = 0, py::arg("scales"), py::arg("steps") = 0, py::arg("ids") = 0,
+           py::arg("source") = 0, py::arg("out_rows") = 0, py::arg("seed"), py::arg("ladder") = false);
 
   module.def("cpu_isas", &bpo::cpu_isas, "Instruction sets this processor can run, best first.");
   module.def(
       "philox4x32_10",
       [](std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
-        bpo::philox4x32_10(counter.data(), key[0], key[1]);
+        bpo::philox4x32_10(counter.data(), bpo::round_keys(key[0], key[1]));
         return counter;
       },
       py::arg("counter"), py::arg("key"), "One Philox4x32-10 block: 4 counter words and 2 key words -> 4 words.");
   module.def(
       "noise_cpu",
-      [](uintptr_t x, uintptr_t out, int64_t rows, int64_t n, int64_t x_stride, int64_t out_stride, uintptr_t scales,
-         uintptr_t steps, uintptr_t ids, int64_t seed, int dtype, int threads, const std::string& isa) {
-        check_dtype(dtype);
-        const auto a = arguments(x, out, rows, n, x_stride, out_stride, scales, steps, ids, seed);
+      [](const bpo::NoiseArguments& a, int x_dtype, int out_dtype, int threads, const std::string& isa) {
+        check_dtype("x_dtype", x_dtype);
+        check_dtype("out_dtype", out_dtype);
         py::gil_scoped_release release;
-        bpo::noise_cpu(a, dtype, threads, isa);
+        bpo::noise_cpu(a, x_dtype, out_dtype, threads, isa);
       },
-      py::arg("x"), py::arg("out"), py::arg("rows"), py::arg("n"), py::arg("x_stride"), py::arg("out_stride"),
-      py::arg("scales"), py::arg("steps"), py::arg("ids"), py::arg("seed"), py::arg("dtype"), py::arg("threads") = 1,
-      py::arg("isa") = "");
+      py::arg("arguments"), py::arg("x_dtype"), py::arg("out_dtype"), py::arg("threads") = 1, py::arg("isa") = "");
 
 #if defined(BPO_CUDA)
   module.attr("cuda_built") = true;
@@ -64,16 +79,13 @@ PYBIND11_MODULE(_C, module) {
   module.def("cuda_device_count", &bpo::cuda_device_count, "CUDA devices that the driver shows; 0 without a driver.");
   module.def(
       "noise_cuda",
-      [](uintptr_t x, uintptr_t out, int64_t rows, int64_t n, int64_t x_stride, int64_t out_stride, uintptr_t scales,
-         uintptr_t steps, uintptr_t ids, int64_t seed, int dtype, int device, uintptr_t stream) {
-        check_dtype(dtype);
-        const auto a = arguments(x, out, rows, n, x_stride, out_stride, scales, steps, ids, seed);
+      [](const bpo::NoiseArguments& a, int x_dtype, int out_dtype, int device, uintptr_t stream) {
+        check_dtype("x_dtype", x_dtype);
+        check_dtype("out_dtype", out_dtype);
         py::gil_scoped_release release;
-        bpo::noise_cuda(a, dtype, device, reinterpret_cast<void*>(stream));
+        bpo::noise_cuda(a, x_dtype, out_dtype, device, reinterpret_cast<void*>(stream));
       },
-      py::arg("x"), py::arg("out"), py::arg("rows"), py::arg("n"), py::arg("x_stride"), py::arg("out_stride"),
-      py::arg("scales"), py::arg("steps"), py::arg("ids"), py::arg("seed"), py::arg("dtype"), py::arg("device"),
-      py::arg("stream"));
+      py::arg("arguments"), py::arg("x_dtype"), py::arg("out_dtype"), py::arg("device"), py::arg("stream"));
 #else
   module.attr("cuda_built") = false;
   module.attr("cuda_archs") = py::tuple();

@@ -59,17 +59,32 @@ BPO_INLINE uint32_t select(bool condition, uint32_t a, uint32_t b) {
 // An integer test: a floating-point comparison may trap, which also keeps gcc from vectorising.
 BPO_INLINE bool is_nan(float value) { return (float_bits(value) & 0x7FFFFFFFu) > 0x7F800000u; }
 
+// The two key words of each of Philox's ten rounds. They depend on the seed alone: a GPU reads them from the launch's
+// constants, as operands, where adding them up would cost each thread 20 instructions a block.
+struct RoundKeys {
+  uint32_t words[20];
+};
+
+BPO_INLINE RoundKeys round_keys(uint32_t key0, uint32_t key1) {
+  RoundKeys keys;
+  for (uint32_t round = 0; round < 10; ++round) {
+    keys.words[2 * round] = key0 + round * 0x9E3779B9u;
+    keys.words[2 * round + 1] = key1 + round * 0xBB67AE85u;
+  }
+  return keys;
+}
+
 // Philox4x32-10 (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011): counter[4] -> 4 random words.
-BPO_INLINE void philox4x32_10(uint32_t words[4], uint32_t key0, uint32_t key1) {
+BPO_INLINE void philox4x32_10(uint32_t words[4], const RoundKeys& keys) {
   uint32_t c0 = words[0], c1 = words[1], c2 = words[2], c3 = words[3];
 #if defined(__CUDA_ARCH__)
 #pragma unroll
 #endif
-  for (uint32_t round = 0; round < 10; ++round) {
+  for (int round = 0; round < 10; ++round) {
     const uint64_t product0 = static_cast<uint64_t>(c0) * 0xD2511F53u;
     const uint64_t product1 = static_cast<uint64_t>(c2) * 0xCD9E8D57u;
-    c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ (key0 + round * 0x9E3779B9u);
-    c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ (key1 + round * 0xBB67AE85u);
+    c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ keys.words[2 * round];
+    c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ keys.words[2 * round + 1];
     c1 = static_cast<uint32_t>(product1);
     c3 = static_cast<uint32_t>(product0);
   }
@@ -123,27 +138,35 @@ BPO_INLINE void normal_pair(uint32_t word0, uint32_t word1, float& z0, float& z1
   z1 = radius * bits_float(select(swap, cosine_bits, sine_bits));
 }
 
-// x * scale + eps * noise_scale in fp32. A NaN always leaves as 0x7fffffff, so that its bits too are the same
-// everywhere.
+// x * scale + eps * noise_scale in fp32.
 BPO_INLINE float mix(float x, float eps, float scale, float noise_scale) {
-  const float value = fma_rn(eps, noise_scale, x * scale);
-  return bits_float(select(is_nan(value), 0x7FFFFFFFu, float_bits(value)));
+  return fma_rn(eps, noise_scale, x * scale);
 }
 
 // Storage types: a tag each, with the raw word in memory and its exact widening and round-to-nearest-even narrowing.
+// A NaN is always stored as the same word (all ones but the sign), so that its bits too are the same everywhere.
 struct Float32 {
   using Word = float;
   static BPO_INLINE float load(Word word) { return word; }
-  static BPO_INLINE Word store(float value) { return value; }
+  static BPO_INLINE Word store(float value) {
+    return bits_float(select(is_nan(value), 0x7FFFFFFFu, float_bits(value)));
+  }
 };
 
 struct BFloat16 {
   using Word = uint16_t;
   static BPO_INLINE float load(Word word) { return bits_float(static_cast<uint32_t>(word) << 16); }
   static BPO_INLINE Word store(float value) {
+#if defined(__CUDA_ARCH__)
+    // One instruction with the same result: subnormals are kept and a NaN becomes 0x7fff.
+    Word word;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(word) : "f"(value));
+    return word;
+#else
     const uint32_t bits = float_bits(value);
     const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
     return static_cast<Word>(select(is_nan(value), 0x7FFFu, rounded));
+#endif
   }
 };
 
@@ -151,13 +174,24 @@ struct Float16 {
   using Word = uint16_t;
   // Widening moves exponent and mantissa into place and lets one exact multiply fix the bias, subnormals included.
   static BPO_INLINE float load(Word word) {
+#if defined(__CUDA_ARCH__)
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(word));
+    return value;
+#else
     const uint32_t magnitude = static_cast<uint32_t>(word & 0x7FFFu) << 13;
     const float scaled = bits_float(magnitude) * 0x1p+112f;
     const uint32_t bits = select(magnitude >= 0x0F800000u, magnitude | 0x7F800000u, float_bits(scaled));
     return bits_float(bits | (static_cast<uint32_t>(word & 0x8000u) << 16));
+#endif
   }
   // Below the smallest normal half, adding 0.5 lets the fp32 adder round to the spacing of subnormal halves.
   static BPO_INLINE Word store(float value) {
+#if defined(__CUDA_ARCH__)
+    Word word;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(word) : "f"(value));
+    return word;
+#else
     const uint32_t bits = float_bits(value);
     const uint32_t magnitude = bits & 0x7FFFFFFFu;
     const uint32_t normal = (magnitude - 0x38000000u + 0x0FFFu + ((magnitude >> 13) & 1u)) >> 13;
@@ -165,24 +199,45 @@ struct Float16 {
     const uint32_t finite = select(magnitude < 0x38800000u, subnormal, normal);
     const uint32_t half = select(magnitude >= 0x477FF000u, 0x7C00u, finite) | ((bits >> 16) & 0x8000u);
     return static_cast<Word>(select(is_nan(value), 0x7FFFu, half));
+#endif
   }
 };
 
 // The codes by which Python names a storage type.
 enum DTypeCode : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-// What one call works on. Row b is sample b: `n` contiguous elements that start b * stride elements after the base.
+// What one call works on: `samples` samples of `n` elements, each read once and written once or, for a ladder of noise
+// levels, `levels` times. In elements of x and of out:
+//   element e of sample b is read at    x   + (source ? source[b] : b) * x_stride + e
+//   and for each level k is written at  out + k * level_stride + row * out_stride + e % width,
+//   where row = r or out_rows[r], r = b * (n / width) + e / width.
+// `width` divides n. It is n where samples are written whole, and the width of an embedding where a sample's tokens go
+// to rows of their own. out may be x where every element is written where it was read.
 struct NoiseArguments {
   const void* x;
   void* out;
-  int64_t rows;
+  int64_t samples;
   int64_t n;
   int64_t x_stride;
   int64_t out_stride;
-  const float* scales;   // [T, 2]: sqrt(abar), sqrt(1 - abar)
-  const int64_t* steps;  // [rows] rows of `scales`, or null: row 0 for every sample
-  const int64_t* ids;    // [rows] sample ids, or null: the row's own number
+  int64_t width;
+  int64_t levels;
+  int64_t level_stride;
+  const float* scales;      // [T, 2]: sqrt(abar), sqrt(1 - abar)
+  const int64_t* steps;     // rows of `scales`, [levels] for a ladder, else [samples]; below 0: no noise; null: row 0
+  const int64_t* ids;       // [samples] names of the streams, or null: b
+  const int64_t* source;    // [samples], or null: b
+  const int64_t* out_rows;  // [samples * n / width], or null: r
   uint64_t seed;
+  bool ladder;
+
+  BPO_INLINE int64_t step(int64_t sample, int64_t level) const {
+    return steps ? steps[ladder ? level : sample] : 0;
+  }
+  BPO_INLINE uint64_t id(int64_t sample) const { return static_cast<uint64_t>(ids ? ids[sample] : sample); }
+  BPO_INLINE int64_t x_offset(int64_t sample) const { return (source ? source[sample] : sample) * x_stride; }
+  // Where output row r of level 0 begins.
+  BPO_INLINE int64_t row_offset(int64_t r) const { return (out_rows ? out_rows[r] : r) * out_stride; }
 };
 
 }  // namespace bpo

@@ -25,14 +25,24 @@ def hex_words(text):
     return [int(word, 16) for word in text.split()]
 
 
-def noise_cpu(x, scale, noise_scale, *, seed=0, ids=None, isa="", threads=1):
+def noise_cpu(x, scale, noise_scale, *, seed=0, ids=None, isa="", threads=1, out_dtype=None):
     """x [B, n] -> x * scale + eps * noise_scale, straight from the extension."""
-    out = torch.empty_like(x)
+    out = torch.empty_like(x, dtype=out_dtype)
     scales = torch.tensor([[scale, noise_scale]], dtype=torch.float32)
-    ids_pointer = 0 if ids is None else ids.data_ptr()
-    rows, n = x.shape
-    pointers = (x.data_ptr(), out.data_ptr(), rows, n, n, n, scales.data_ptr(), 0, ids_pointer)
-    _C.noise_cpu(*pointers, seed, CODES[x.dtype], threads, isa)
+    samples, n = x.shape
+    arguments = _C.NoiseArguments(
+        x=x.data_ptr(),
+        out=out.data_ptr(),
+        samples=samples,
+        n=n,
+        width=n,
+        x_stride=n,
+        out_stride=n,
+        scales=scales.data_ptr(),
+        ids=0 if ids is None else ids.data_ptr(),
+        seed=seed,
+    )
+    _C.noise_cpu(arguments, CODES[x.dtype], CODES[out.dtype], threads, isa)
     return out
 
 
@@ -89,11 +99,14 @@ def test_layout_and_transform_against_float64(seed, sample_id):
     assert ulps.max() < 4
 
 
+@pytest.mark.parametrize("out_dtype", CODES)
 @pytest.mark.parametrize("dtype", CODES)
-def test_every_instruction_set_gives_the_same_bits(dtype):
+def test_every_instruction_set_gives_the_same_bits(dtype, out_dtype):
     x = (torch.randn(2, UNCOMMON_N, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
-    first, *others = (noise_cpu(x, 0.6, 0.8, seed=5, isa=isa) for isa in _C.cpu_isas())
+    options = {"seed": 5, "ids": torch.tensor([2**40 + 9, -3]), "out_dtype": out_dtype}
+    first, *others = (noise_cpu(x, 0.6, 0.8, isa=isa, **options) for isa in _C.cpu_isas())
     assert all(torch.equal(first, other) for other in others)
+    assert torch.equal(first, noise_cpu(x.float(), 0.6, 0.8, **options | {"out_dtype": torch.float32}).to(out_dtype))
     assert _C.cpu_isas()[-1] == "baseline"
 
 
@@ -166,8 +179,11 @@ def test_nan_and_infinity_propagate(dtype):
 def test_unknown_isa_and_dtype_are_refused():
     with pytest.raises(ValueError, match="isa is 'mmx', which this processor or build does not have"):
         normals(4, isa="mmx")
-    with pytest.raises(ValueError, match="dtype is 9; expected 0"):
-        _C.noise_cpu(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 9)
+    nothing = _C.NoiseArguments(x=0, out=0, samples=0, n=0, width=0, x_stride=0, out_stride=0, scales=0, seed=0)
+    with pytest.raises(ValueError, match="x_dtype is 9; expected 0"):
+        _C.noise_cpu(nothing, 9, 0)
+    with pytest.raises(ValueError, match="out_dtype is 3; expected 0"):
+        _C.noise_cpu(nothing, 0, 3)
 
 
 def test_import_needs_no_driver():
