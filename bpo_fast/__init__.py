@@ -7,14 +7,18 @@ from importlib import import_module
 _EXPORTS = {
     "BPOConfig": "bpo_fast.trainer",
     "BPOTrainer": "bpo_fast.trainer",
+    "LossConfig": "bpo_fast.preference",
     "NoiseSchedule": "bpo_fast.noise",
-    "PreferenceOutput": "bpo_fast.losses",
+    "PreferenceOutput": "bpo_fast.preference",
     "add_noise": "bpo_fast.ops.noise",
+    "add_noise_ladder": "bpo_fast.ops.noise_ladder",
+    "add_noise_rows": "bpo_fast.ops.noise_rows",
     "dpo_loss": "bpo_fast.losses",
     "linear_dpo_loss": "bpo_fast.losses",
     "linear_token_logps": "bpo_fast.ops.linear_token_logps",
-    "preference_loss": "bpo_fast.losses",
+    "preference_loss": "bpo_fast.preference",
     "token_logps": "bpo_fast.ops.token_logps",
+    "vocab_parallel_token_logps": "bpo_fast.ops.vocab_parallel",
 }
 
 __all__ = sorted(_EXPORTS)

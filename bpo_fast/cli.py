@@ -9,8 +9,15 @@ from pathlib import Path
 # Every other training argument changes how a run goes, not what it ends with.
 _DECIDING_FIELDS = (
     "loss_type",
+    "loss_weights",
     "beta",
     "label_smoothing",
+    "ld_alpha",
+    "f_divergence_type",
+    "f_alpha_divergence_coef",
+    "use_weighting",
+    "discopop_tau",
+    "simpo_gamma",
     "max_length",
     "disable_dropout",
     "learning_rate",

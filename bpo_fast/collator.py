@@ -24,18 +24,19 @@ class PackedRow:
         image_inputs: the processor's image tensors (`pixel_values`, ...), empty without images.
         image_rows: int64 [M], packed rows that hold image tokens.
         num_groups: groups in the whole batch, of which this row holds some; means are over the batch.
-        num_targets: response tokens in the whole batch.
+        num_chosen_tokens: tokens of the chosen responses in the whole batch.
     """
 
     packing: Packing
     image_inputs: dict[str, torch.Tensor]
     image_rows: torch.Tensor
     num_groups: int
-    num_targets: int
+    num_chosen_tokens: int
 
     def _map(self, function) -> PackedRow:
         images = {name: function(tensor) for name, tensor in self.image_inputs.items()}
-        return PackedRow(function(self.packing), images, function(self.image_rows), self.num_groups, self.num_targets)
+        numbers = (self.num_groups, self.num_chosen_tokens)
+        return PackedRow(function(self.packing), images, function(self.image_rows), *numbers)
 
     def to(self, device, non_blocking: bool = False) -> PackedRow:
         """The same row with its tensors on `device`."""
@@ -107,7 +108,7 @@ class PreferenceCollator:
         for ids, (prompt, responses) in zip(prompt_ids, rendered, strict=True):
             groups.append(Group(ids, [self._response_ids(ids, prompt, text) for text in responses]))
         plan = plan_rows([len(group) for group in groups], self.token_budget)
-        num_targets = sum(len(branch) for group in groups for branch in group.branches)
+        num_chosen_tokens = sum(len(group.branches[0]) for group in groups)
         rows = []
         for members in plan:
             if (
@@ -116,7 +117,7 @@ class PreferenceCollator:
                 _, image_inputs = self._process([prompts[n] for n in members], [images[n] for n in members])
             packing = pack([groups[n] for n in members])
             image_rows = torch.nonzero(packing.input_ids == self.image_token_id).flatten()
-            rows.append(PackedRow(packing, image_inputs, image_rows, len(examples), num_targets))
+            rows.append(PackedRow(packing, image_inputs, image_rows, len(examples), num_chosen_tokens))
         return {"rows": rows}
 
     def _images(self, example: dict) -> list[Image.Image]:

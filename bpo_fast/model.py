@@ -28,7 +28,8 @@ from transformers.utils import ModelOutput, is_bitsandbytes_available
 
 from bpo_fast.attention import ATTENTION_NAME
 from bpo_fast.ops.gather_rows import gather_rows
-from bpo_fast.ops.linear_token_logps import linear_token_logps
+from bpo_fast.ops.linear_token_logps import flat_linear_token_logps
+from bpo_fast.ops.rows import TokenStatistics
 from bpo_fast.packing import Packing
 
 LORA_TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -178,12 +179,16 @@ class PackedOutput(ModelOutput):
 
     Attributes:
         token_logps: fp32 [N], in the order of `packing.targets`.
+        statistics: `TokenStatistics` of the same tokens, if asked for.
     """
 
     token_logps: torch.FloatTensor | None = None
+    statistics: TokenStatistics | None = None
 
 
-def _packed_forward(model, packing: Packing, image_features=None, image_rows=None) -> PackedOutput:
+def _packed_forward(
+    model, packing: Packing, image_features=None, image_rows=None, with_statistics=False
+) -> PackedOutput:
     input_ids = packing.input_ids
     if image_features is None:
         embeds = model.get_input_embeddings()(input_ids)
@@ -211,18 +216,19 @@ def _packed_forward(model, packing: Packing, image_features=None, image_rows=Non
     # Under autocast the decoder's output is in the lower precision, and the head is cast as a linear layer's would be.
     weight = head.weight.to(rows.dtype)
     bias = None if head.bias is None else head.bias.to(rows.dtype)
-    token_logps = linear_token_logps(
+    token_logps, statistics = flat_linear_token_logps(
         rows,
         weight,
         packing.targets,
         bias=bias,
         logit_softcap=getattr(text_config, "final_logit_softcapping", None),
+        with_statistics=with_statistics,
     )
-    return PackedOutput(token_logps=token_logps)
+    return PackedOutput(token_logps=token_logps, statistics=statistics)
 
 
 def enable_packed_forward(model: PreTrainedModel) -> None:
-    """Let `model(packing=..., image_features=..., image_rows=...)` score a packed row.
+    """Let `model(packing=..., image_features=..., image_rows=..., with_statistics=...)` score a packed row.
 
     Without `packing` nothing changes. The call goes through the model's own `forward`, so that wrappers around it
     (PEFT, DistributedDataParallel, autocast) do their work.
@@ -252,10 +258,10 @@ def enable_packed_forward(model: PreTrainedModel) -> None:
 
     # Generation checks its arguments against the signature of `forward`, which stays the original one.
     @functools.wraps(type(model).forward)
-    def forward(self, *args, packing=None, image_features=None, image_rows=None, **kwargs):
+    def forward(self, *args, packing=None, image_features=None, image_rows=None, with_statistics=False, **kwargs):
         if packing is None:
             return self._unpacked_forward(*args, **kwargs)
-        return _packed_forward(self, packing, image_features, image_rows)
+        return _packed_forward(self, packing, image_features, image_rows, with_statistics)
 
     model.forward = types.MethodType(forward, model)
 

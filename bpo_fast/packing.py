@@ -92,6 +92,11 @@ class Packing:
         return len(self.cu_seqlens_q) - 1
 
     @property
+    def num_unshared_tokens(self) -> int:
+        """Tokens of the branches if each had its prefix to itself."""
+        return sum(p * len(b) + sum(b) for p, b in zip(self.prefix_lengths, self.branch_lengths, strict=True))
+
+    @property
     def max_seqlen_q(self) -> int:
         """Rows of the longest segment."""
         firsts = (p + b[0] for p, b in zip(self.prefix_lengths, self.branch_lengths, strict=True))

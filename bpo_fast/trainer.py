@@ -17,7 +17,6 @@ from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainerCallba
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from bpo_fast.collator import PackedRow, PreferenceCollator
-from bpo_fast.losses import LOSS_TYPES, check_loss_arguments, sequence_preference
 from bpo_fast.model import (
     enable_packed_forward,
     image_features,
@@ -26,6 +25,10 @@ from bpo_fast.model import (
     restrict_to_decoder,
     sum_branches,
 )
+from bpo_fast.ops.rows import TokenStatistics
+from bpo_fast.packing import Packing
+from bpo_fast.preference import LOSS_OPTIONS, LossConfig, desensitized, sequence_preference
+from bpo_fast.preference_losses import F_DIVERGENCES, LOSSES, SORTED_LOSSES
 
 _COLUMNS = ("images", "image", "prompt", "chosen", "rejected")
 
@@ -37,9 +40,13 @@ class BPOConfig(TrainingArguments):
     Args:
         learning_rate: peak learning rate; the paper trains at 2e-6.
         beta: strength of the pull to the reference (Rafailov et al. 2023, equation 7).
-        loss_type: "sigmoid", "hinge", "ipo", or "sft" for maximum likelihood of the chosen responses alone.
-        label_smoothing: probability that a preference is the wrong way round, for "sigmoid" (TRL does not
-            smooth it).
+        loss_type: one or several losses of `bpo_fast.LossConfig`, which says what they and the options below are.
+            "sft" alone is maximum likelihood of the chosen responses, and reads no rejected ones. Losses without a
+            reference ("simpo", "cpo", "orpo", "sft") do not run it: rewards are then beta times log-probs.
+        loss_weights, ld_alpha, f_divergence_type, f_alpha_divergence_coef, use_weighting, discopop_tau, simpo_gamma:
+            fields of `bpo_fast.LossConfig`.
+        label_smoothing: probability that a preference is the wrong way round ("sigmoid" is smoothed, too; TRL does
+            not).
         max_length: most positions of prompt, image and response together; a longer response is cut at its end.
         token_budget: most tokens of one packed row. A step whose pairs need more runs several rows one after the
             other, with the same result in less memory. None runs a step's pairs as one row.
@@ -56,9 +63,23 @@ class BPOConfig(TrainingArguments):
     bf16: bool | None = field(default=None, metadata={"help": "bfloat16 autocast; by default where CUDA has it."})
     beta: float = field(default=0.1, metadata={"help": "Strength of the pull to the reference."})
     loss_type: list[str] = field(
-        default_factory=lambda: ["sigmoid"], metadata={"help": "One of 'sigmoid', 'hinge', 'ipo', 'sft'."}
+        default_factory=lambda: ["sigmoid"], metadata={"help": f"One or several of {', '.join(LOSSES)}."}
+    )
+    loss_weights: list[float] | None = field(
+        default=None, metadata={"help": "A weight for each loss type; all 1 by default."}
     )
     label_smoothing: float = field(default=0.0, metadata={"help": "Probability of a flipped preference."})
+    ld_alpha: float | None = field(
+        default=None, metadata={"help": "Weight of tokens past the shorter response's length (LD-DPO); by default 1."}
+    )
+    f_divergence_type: str = field(
+        default="reverse_kl",
+        metadata={"help": f"Pull to the reference: {', '.join(F_DIVERGENCES)} (f-DPO)."},
+    )
+    f_alpha_divergence_coef: float = field(default=0.5, metadata={"help": "Alpha of alpha_divergence."})
+    use_weighting: bool = field(default=False, metadata={"help": "Weigh pairs by their likelihood (WPO)."})
+    discopop_tau: float = field(default=0.05, metadata={"help": "Temperature of discopop."})
+    simpo_gamma: float = field(default=0.5, metadata={"help": "Margin of simpo."})
     max_length: int | None = field(default=1024, metadata={"help": "Most positions of prompt, image and response."})
     token_budget: int | None = field(default=None, metadata={"help": "Most tokens of one packed row."})
     disable_dropout: bool = field(default=True, metadata={"help": "Switch every dropout off."})
@@ -75,11 +96,17 @@ class BPOConfig(TrainingArguments):
             new = old.replace("gradient", "activation")
             if getattr(self, new, False) is None:
                 setattr(self, new, getattr(self, old))
-        if len(self.loss_type) != 1 or self.loss_type[0] not in [*LOSS_TYPES, "sft"]:
-            raise ValueError(f"loss_type: found {self.loss_type}, expected one of {[*LOSS_TYPES, 'sft']}.")
-        if self.loss_type != ["sft"]:
-            check_loss_arguments(self.beta, self.loss_type[0], self.label_smoothing)
+        self.loss_config()
+        if self.token_budget is not None and not SORTED_LOSSES.isdisjoint(self.loss_type):
+            raise ValueError(
+                f"token_budget: found {self.token_budget} with loss_type {self.loss_type}, expected None; 'aot' and "
+                "'aot_unpaired' sort the pairs of a step, which must lie in one row."
+            )
         super().__post_init__()
+
+    def loss_config(self) -> LossConfig:
+        """The fields that `LossConfig` has too, checked."""
+        return LossConfig(**{name: getattr(self, name) for name in LOSS_OPTIONS if hasattr(self, name)})
 
 
 class BPOTrainer(Trainer):
@@ -139,8 +166,8 @@ class BPOTrainer(Trainer):
             for module in model.modules():
                 if isinstance(module, nn.Dropout):
                     module.p = 0.0
-        self.loss_type = args.loss_type[0]
-        self.responses = ("chosen",) if self.loss_type == "sft" else ("chosen", "rejected")
+        self.loss_config = args.loss_config()
+        self.responses = ("chosen",) if self.loss_config.loss_types == ("sft",) else ("chosen", "rejected")
         evaluated = eval_dataset.items() if isinstance(eval_dataset, dict) else [("eval_dataset", eval_dataset)]
         for name, dataset in [("train_dataset", train_dataset), *evaluated]:
             _check_columns(name, dataset, self.responses)
@@ -151,7 +178,9 @@ class BPOTrainer(Trainer):
             token_budget=args.token_budget,
             responses=self.responses,
         )
-        self._metrics: dict[str, list[dict[str, torch.Tensor]]] = {"train": [], "eval": []}
+        # For each packed row since the last log: name -> (sum, count).
+        self._metrics: dict[str, list[dict[str, tuple]]] = {"train": [], "eval": []}
+        self._num_train_tokens = 0
         super().__init__(
             model=model,
             args=args,
@@ -173,38 +202,61 @@ class BPOTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """A packed row's share of the batch's loss; see `transformers.Trainer.compute_loss`."""
         row: PackedRow = inputs["row"]
-        loss, metrics = self._sft_loss(model, row) if self.loss_type == "sft" else self._pair_loss(model, row)
+        compute = self._sft_loss if self.responses == ("chosen",) else self._pair_loss
+        loss, metrics = compute(model, row)
         self._metrics["train" if model.training else "eval"].append(metrics)
+        if model.training:
+            self._num_train_tokens += row.packing.num_unshared_tokens
         return (loss, metrics) if return_outputs else loss
 
-    def _row_inputs(self, model, row: PackedRow) -> dict:
+    def _model_inputs(self, model, row: PackedRow) -> dict:
         # The frozen vision part runs once for policy and reference, chosen and rejected.
         features = image_features(model, row.image_inputs) if row.image_inputs else None
         return {"packing": row.packing, "image_features": features, "image_rows": row.image_rows}
 
-    def _sft_loss(self, model, row: PackedRow) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        inputs = self._row_inputs(self.accelerator.unwrap_model(model), row)
-        token_logps = model(**inputs).token_logps
-        chosen = sum_branches(token_logps.detach(), row.packing)
-        return -token_logps.sum() / row.num_targets, {"logps/chosen": chosen}
+    def _sft_loss(self, model, row: PackedRow):
+        inputs = self._model_inputs(self.accelerator.unwrap_model(model), row)
+        output = model(**inputs, with_statistics=True)
+        count = len(output.token_logps)
+        metrics = {
+            "logps/chosen": (output.token_logps.detach().sum(), row.packing.num_branches),
+            "entropy": (output.statistics.entropy.sum(), count),
+            "mean_token_accuracy": (output.statistics.is_top1.sum(), count),
+            "logits/chosen": (output.statistics.mean_logits.sum(), count),
+        }
+        (weight,) = self.loss_config.weights
+        return -weight * output.token_logps.sum() / row.num_chosen_tokens, metrics
 
-    def _pair_loss(self, model, row: PackedRow) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _pair_loss(self, model, row: PackedRow):
+        config, packing = self.loss_config, row.packing
         unwrapped = self.accelerator.unwrap_model(model)
-        inputs = self._row_inputs(unwrapped, row)
-        with torch.no_grad(), unwrapped.disable_adapter():
-            ref_logps = sum_branches(model(**inputs).token_logps, row.packing)
-        token_logps = model(**inputs).token_logps
+        inputs = self._model_inputs(unwrapped, row)
+        ref_logps = None
+        if config.needs_reference:
+            with torch.no_grad(), unwrapped.disable_adapter():
+                ref_logps = _sums(model(**inputs).token_logps, packing, config.ld_alpha)
+        policy = model(**inputs, with_statistics=True)
+        nll = mean_aligned_logps = None
+        # The loss is a mean over this row's pairs, and becomes the row's share of the batch's below.
+        share = packing.num_branches / 2 / row.num_groups
+        if "sft" in config.loss_types:
+            chosen, _ = _sums(policy.token_logps, packing).chunk(2)
+            nll = -chosen.sum() / row.num_chosen_tokens / share
+        if config.use_weighting:
+            aligned = policy.token_logps.detach() - policy.statistics.log_sum_sq_probs
+            mean_aligned_logps = _sums(aligned, packing) / _chosen_first(packing.num_tokens)
         output = sequence_preference(
-            _chosen_first(sum_branches(token_logps, row.packing)),
-            _chosen_first(ref_logps),
-            _chosen_first(row.packing.num_tokens),
-            token_logps,
-            beta=self.args.beta,
-            loss_type=self.loss_type,
-            label_smoothing=self.args.label_smoothing,
+            _sums(policy.token_logps, packing, config.ld_alpha),
+            ref_logps,
+            _chosen_first(packing.num_tokens),
+            policy.token_logps,
+            config,
+            nll=nll,
+            mean_aligned_logps=mean_aligned_logps,
+            statistics=TokenStatistics(*(_sums(values, packing) for values in policy.statistics)),
         )
-        metrics = output.pair_metrics()
-        return output.loss * (len(output.chosen_logps) / row.num_groups), metrics
+        pairs = {name: (values.sum(), len(values)) for name, values in output.pair_metrics().items()}
+        return output.loss * share, pairs | output.token_metrics()
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The batch's loss; packed rows give no logits to return."""
@@ -214,22 +266,36 @@ class BPOTrainer(Trainer):
         return loss.detach(), None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the means of TRL's metrics over the pairs since the last log."""
+        """Adds TRL's metrics: means over the pairs, or the response tokens, since the last log."""
         mode = "train" if self.model.training else "eval"
         # Values wait on the device until here, so that a step costs no synchronisation.
         waiting, self._metrics[mode] = self._metrics[mode], []
         if waiting:
-            values = torch.stack([torch.cat([metrics[name] for metrics in waiting]) for name in waiting[0]])
-            sums = torch.cat([values.sum(dim=1), values.new_tensor([values.shape[1]])])
-            *totals, pairs = self.accelerator.reduce(sums, reduction="sum").tolist()
+            names = list(waiting[0])
+            numbers = [number for metrics in waiting for name in names for number in metrics[name]]
+            table = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=self.args.device) for x in numbers])
+            sums = table.view(len(waiting), -1).sum(0)
+            sums = torch.cat([sums, sums.new_tensor([self._num_train_tokens])])
+            *sums, num_tokens = self.accelerator.reduce(sums, reduction="sum").tolist()
             prefix = "eval_" if mode == "eval" else ""
-            logs.update({prefix + name: total / pairs for name, total in zip(waiting[0], totals, strict=True)})
+            for name, total, count in zip(names, sums[::2], sums[1::2], strict=True):
+                logs[prefix + name] = total / max(1.0, count)
+            logs[prefix + "num_tokens"] = int(num_tokens)
         super().log(logs, start_time)
 
 
 def _chosen_first(branches: torch.Tensor) -> torch.Tensor:
     """[2B] in the packed order chosen, rejected, chosen, ... -> [2B], all chosen and then all rejected."""
     return branches.view(-1, 2).t().reshape(-1)
+
+
+def _sums(token_logps: torch.Tensor, packing: Packing, ld_alpha: float | None = None) -> torch.Tensor:
+    """Sums [2B], chosen first, of a packed row's token values [N]; with `ld_alpha` of desensitized log-probs."""
+    if ld_alpha is not None:
+        num_tokens = _chosen_first(packing.num_tokens)
+        pairs = packing.branch_index // 2
+        token_logps = desensitized(token_logps, packing.branch_offset, pairs, num_tokens, ld_alpha)
+    return _chosen_first(sum_branches(token_logps, packing))
 
 
 def _with_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> PeftModel:

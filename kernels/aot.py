@@ -1,8 +1,9 @@
 """Compile every kernel for every supported architecture, without a GPU: `python -m bpo_fast.kernels.aot`.
 
-Prints one line a kernel, variant and architecture: registers a thread, bytes spilled to local memory, bytes of shared
-memory. Ends with code 1 if anything spills, or needs more shared memory than the smallest of these architectures gives
-a block.
+Prints one line a kernel, variant and architecture: warps a block, registers a thread, bytes spilled to local memory,
+bytes of shared memory, theoretical occupancy. Ends with code 1 if anything spills, or needs more shared memory than
+the smallest of these architectures gives a block. `--markdown PATH` keeps the table; `--check PATH` also ends with
+code 1 if the kept table differs from what compiles now. `--sass NAME --arch 86` shows one kernel's machine code.
 """
 
 import argparse
@@ -12,126 +13,23 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from bpo_fast.kernels import sequence_logps, unit_gradient
+from bpo_fast.kernels import sass
+from bpo_fast.kernels.occupancy import LIMITS, occupancy
+from bpo_fast.kernels.variants import variants
 
-ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+ARCHITECTURES = tuple(LIMITS)
 # 99 KiB: what a block may use on sm_86, 89 and 120; the others allow more.
 SHARED_LIMIT = 99 * 1024
 
-_TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One kernel with the types of its pointers and the values of its constants. Integers not named are int32.
-
-    `aligned` tells the compiler, as the launcher does for such numbers, that the vocabulary and all strides are
-    multiples of 16; it then reads 16 bytes at a time. Other vocabularies run the other form.
-    """
-
-    name: str
-    kernel: object
-    pointers: dict
-    constants: dict = field(default_factory=dict)
-    floats: tuple = ()
-    aligned: bool = False
-
-    def source(self):
-        signature, attributes = {}, {}
-        for position, argument in enumerate(self.kernel.arg_names):
-            if argument in self.constants:
-                signature[argument] = "constexpr"
-            elif argument in self.pointers:
-                signature[argument] = f"*{self.pointers[argument]}"
-                # PyTorch's allocations are aligned to at least 16 bytes, and the launcher tells the compiler so.
-                attributes[(position,)] = [["tt.divisibility", 16]]
-            else:
-                signature[argument] = "fp32" if argument in self.floats else "i32"
-                if self.aligned and (argument == "vocab_size" or argument.endswith("_stride")):
-                    attributes[(position,)] = [["tt.divisibility", 16]]
-        return ASTSource(self.kernel, signature, self.constants, attributes)
-
-
-def _sequence_logps_variants(dtype, element):
-    pointers = {
-        "policy": element,
-        "reference": element,
-        "targets": "i64",
-        "token_logps": "fp32",
-        "sums": "fp32",
-        "statistics": "fp32",
-        "arrivals": "i32",
-    }
-    sizes = {"COLUMNS": sequence_logps.COLUMNS, "TOKENS": sequence_logps.TOKENS}
-    kernel = sequence_logps.sequence_logps_kernel
-    yield Variant(f"sequence_logps[{dtype},sums]", kernel, pointers, {"WITH_SUMS": True, **sizes})
-    without_sums = {"WITH_SUMS": False, "sums": None, "arrivals": None, **sizes}
-    yield Variant(f"sequence_logps[{dtype}]", kernel, pointers, without_sums)
-    backward = {
-        "grad_token_logps": "fp32",
-        "logits": element,
-        "targets": "i64",
-        "statistics": "fp32",
-        "grad_logits": element,
-    }
-    yield Variant(
-        f"sequence_logps_backward[{dtype}]",
-        sequence_logps.sequence_logps_backward_kernel,
-        backward,
-        {"COLUMNS": sequence_logps.COLUMNS},
-    )
-
-
-def _unit_gradient_variants(dtype, element):
-    pointers = {
-        "logits": "fp32",
-        "gradient": element,
-        "targets": "i64",
-        "bias": element,
-        "scale": "fp32",
-        "logps": "fp32",
-    }
-    plain = {"bias": None, "scale": None, "HAS_BIAS": False, "HAS_SOFTCAP": False, "HAS_SCALE": False}
-    everything = {"HAS_BIAS": True, "HAS_SOFTCAP": True, "HAS_SCALE": True}
-    for label, flags in (("", plain), (",bias,softcap,scale", everything)):
-        constants = {"WITH_GRADIENT": True, "COLUMNS": sequence_logps.COLUMNS, **flags}
-        yield Variant(
-            f"unit_gradient[{dtype}{label}]", unit_gradient.unit_gradient_kernel, pointers, constants, ("softcap",)
-        )
-
-
-def variants():
-    """Every kernel in every form that the ops launch."""
-    found = []
-    for dtype, element in _TYPES.items():
-        found += _sequence_logps_variants(dtype, element)
-        found += _unit_gradient_variants(dtype, element)
-    # The launcher turns integers that are 1 into constants, so a single row is another program.
-    single = next(v for v in found if v.name == "sequence_logps[float32,sums]")
-    ones = {"num_rows": 1, "num_sequences": 1, "num_tokens": 1, "vocab_size": 1}
-    found.append(replace(single, name="sequence_logps[float32,sums,ones]", constants=single.constants | ones))
-    log_probs_only = {
-        "gradient": None,
-        "gradient_stride": 0,
-        "bias": None,
-        "scale": None,
-        "HAS_BIAS": False,
-        "HAS_SOFTCAP": False,
-        "HAS_SCALE": False,
-        "WITH_GRADIENT": False,
-        "COLUMNS": sequence_logps.COLUMNS,
-    }
-    pointers = {"logits": "fp32", "targets": "i64", "logps": "fp32"}
-    kernel = unit_gradient.unit_gradient_kernel
-    found.append(Variant("unit_gradient[log-probs only]", kernel, pointers, log_probs_only, ("softcap",)))
-    return found + [replace(v, name=f"{v.name} aligned", aligned=True) for v in found if "ones" not in v.name]
+COMMAND = "python -m bpo_fast.kernels.aot"
 
 
 def _resource_usage(cubin):
@@ -145,51 +43,148 @@ def _resource_usage(cubin):
     return usage["REG"], usage["STACK"] + usage["LOCAL"]
 
 
-def compile_variant(variant, architecture):
-    """Compile for sm_`architecture`. Returns registers a thread, spilled bytes and shared memory bytes."""
+class Usage(NamedTuple):
+    """What one compiled kernel uses: registers a thread, spilled bytes a thread, bytes of shared memory a block."""
+
+    registers: int
+    spilled: int
+    shared: int
+
+
+def _compile(variant, architecture):
     target = GPUTarget("cuda", architecture, 32)
-    compiled = triton.compile(variant.source(), target=target, options=sequence_logps.OPTIONS)
-    return *_resource_usage(compiled.asm["cubin"]), compiled.metadata.shared
+    return triton.compile(variant.source(), target=target, options=variant.options)
+
+
+def compile_variant(variant, architecture):
+    """Compile for sm_`architecture` and return its `Usage`."""
+    compiled = _compile(variant, architecture)
+    return Usage(*_resource_usage(compiled.asm["cubin"]), compiled.metadata.shared)
 
 
 def _compile_by_index(index, architecture):
     return compile_variant(variants()[index], architecture)
 
 
-def problems(spilled, shared, shared_limit=SHARED_LIMIT):
+def problems(usage, shared_limit=SHARED_LIMIT):
     """What is wrong with one compiled kernel, as a list of words; empty when all is well."""
-    found = [f"spills {spilled} bytes"] if spilled else []
-    return found + ([f"{shared} bytes of shared memory, more than {shared_limit}"] if shared > shared_limit else [])
+    found = [f"spills {usage.spilled} bytes"] if usage.spilled else []
+    too_much = f"{usage.shared} bytes of shared memory, more than {shared_limit}"
+    return found + ([too_much] if usage.shared > shared_limit else [])
 
 
-def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m bpo_fast.kernels.aot", description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, help="compute capabilities, such as 86")
+def _occupancy_words(variant, architecture, usage):
+    found = occupancy(architecture, usage.registers, usage.shared, variant.num_warps)
+    return f"{found.share:.0%}" + ("" if found.limited_by == "warps" else f" ({found.limited_by})")
+
+
+def markdown(table):
+    """The kept table. `table` holds (variant, {architecture: usage}), every architecture of `ARCHITECTURES`."""
+    lines = [
+        "# What every kernel uses",
+        "",
+        f"Compiled ahead of time with triton {version('triton')} by `{COMMAND} --markdown docs/kernels-aot.md`, which",
+        "made this file; `--check docs/kernels-aot.md` says whether it is still true.",
+        "",
+        "A cell is registers a thread · bytes of shared memory a block · theoretical occupancy, that is warps that a",
+        "multiprocessor holds at once, of those it could. What does not let it hold more is in brackets, unless it is",
+        "the number of warps itself. Bytes spilled from registers to local memory would stand behind.",
+        "",
+        f"| kernel | warps | {' | '.join(f'sm_{architecture}' for architecture in ARCHITECTURES)} |",
+        f"| --- | ---: |{' --- |' * len(ARCHITECTURES)}",
+    ]
+    for variant, usages in table:
+        cells = [
+            f"{usage.registers} · {usage.shared} · {_occupancy_words(variant, architecture, usage)}"
+            + (f" · spills {usage.spilled}" if usage.spilled else "")
+            for architecture, usage in usages.items()
+        ]
+        lines.append(f"| `{variant.name}` | {variant.num_warps} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def difference(path, made):
+    """One sentence on how the table kept at `path` differs from `made`; empty if it does not."""
+    remedy = f"run `{COMMAND} --markdown {path}` and keep the result."
+    if not path.exists():
+        return f"{path} does not exist; {remedy}"
+    kept = path.read_text()
+    if kept == made:
+        return ""
+    kept_version = re.search(r"with triton (\S+)", kept)
+    if kept_version and kept_version[1] != version("triton"):
+        found = f"{path} was made with triton {kept_version[1]} and this is triton {version('triton')}"
+        return f"{found}; install triton {kept_version[1]}, or {remedy}"
+    new = [line for line in made.splitlines() if line not in kept.splitlines()]
+    if not new:
+        return f"{path} holds lines that are not made any more; {remedy}"
+    return f"{path} is behind in {len(new)} lines, the first of which is now {new[0]!r}; {remedy}"
+
+
+def _write(path, text):
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def _parse(arguments):
+    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, metavar="86", help="default: all")
     parser.add_argument("--match", default="", help="only kernels whose name holds this text")
     parser.add_argument(
         "--shared-limit", type=int, default=SHARED_LIMIT, help="bytes of shared memory a block may use"
     )
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--markdown", type=Path, metavar="PATH", help="write the table to this file")
+    action.add_argument("--check", type=Path, metavar="PATH", help="compare the table with this file")
+    action.add_argument("--sass", metavar="NAME", help="print the machine code of this kernel; needs one --arch")
     options = parser.parse_args(arguments)
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set, so there is nothing to compile; unset it.")
-    chosen = [(index, v.name) for index, v in enumerate(variants()) if options.match in v.name]
-    if not chosen:
+    if (options.markdown or options.check) and (options.arch or options.match):
+        parser.error("--markdown and --check are about the whole table; leave --arch and --match out.")
+    names = [variant.name for variant in variants()]
+    if options.sass and options.sass not in names:
+        parser.error(f"--sass names no kernel: {options.sass!r}; there are: {', '.join(names)}.")
+    if options.sass and len(options.arch or ()) != 1:
+        parser.error("--sass shows one architecture; add it, such as --arch 86.")
+    if not any(options.match in name for name in names):
         parser.error(f"no kernel's name holds {options.match!r}.")
-    jobs = [(index, name, architecture) for index, name in chosen for architecture in options.arch]
-    width = max(len(name) for _, name in chosen)
-    print(f"{'kernel':<{width}}  arch    registers  spilled  shared")
-    failed = 0
+    return options
+
+
+def main(arguments=None):
+    options = _parse(arguments)
+    if options.sass:
+        (variant,) = (v for v in variants() if v.name == options.sass)
+        print(sass.report(sass.instructions(sass.disassemble(_compile(variant, *options.arch).asm["cubin"]))))
+        return 0
+    chosen = [(index, variant) for index, variant in enumerate(variants()) if options.match in variant.name]
+    architectures = options.arch or ARCHITECTURES
+    jobs = [(index, architecture) for index, _ in chosen for architecture in architectures]
+    width = max(len(variant.name) for _, variant in chosen)
+    print(f"{'kernel':<{width}}  arch    warps  registers  spilled  shared  occupancy")
+    failed, table = 0, []
     with ProcessPoolExecutor(min(len(jobs), os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
-        results = pool.map(_compile_by_index, (job[0] for job in jobs), (job[2] for job in jobs))
-        for (_, name, architecture), (registers, spilled, shared) in zip(jobs, results, strict=True):
-            wrong = problems(spilled, shared, options.shared_limit)
-            failed += bool(wrong)
-            remark = f"  FAILED: {', '.join(wrong)}" if wrong else ""
-            print(
-                f"{name:<{width}}  sm_{architecture:<4} {registers:>9}  {spilled:>7}  {shared:>6}{remark}", flush=True
-            )
+        results = pool.map(_compile_by_index, *zip(*jobs, strict=True))
+        for _, variant in chosen:
+            usages = {}
+            table.append((variant, usages))
+            for architecture in architectures:
+                usages[architecture] = usage = next(results)
+                wrong = problems(usage, options.shared_limit)
+                failed += bool(wrong)
+                numbers = f"{variant.num_warps:>5}  {usage.registers:>9}  {usage.spilled:>7}  {usage.shared:>6}"
+                words = "  ".join([numbers, _occupancy_words(variant, architecture, usage)])
+                remark = f"  FAILED: {', '.join(wrong)}" if wrong else ""
+                print(f"{variant.name:<{width}}  sm_{architecture:<4} {words}{remark}", flush=True)
     print(f"{len(jobs)} compiled, {failed} failed")
-    return 1 if failed else 0
+    if options.markdown:
+        _write(options.markdown, markdown(table))
+    behind = difference(options.check, markdown(table)) if options.check else ""
+    if behind:
+        print(behind, file=sys.stderr)
+    return 1 if failed or behind else 0
 
 
 if __name__ == "__main__":

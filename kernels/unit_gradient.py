@@ -1,29 +1,24 @@
 """From a chunk of logits to log-probs and to d logp / d logits = onehot - p, in the chunk's own memory.
 
 The gradient of a target's log-prob does not depend on the loss, so it is made here, while the chunk is live, and
-multiplied by the head afterwards. Numerics contract: the chunk holds float32 logits; what is written back is rounded
-once.
+multiplied by the head afterwards. Numerics contract: the chunk holds float32 logits, the arithmetic is that of
+`rows.py`, and what is written back is rounded once.
 """
 
 import triton
 import triton.language as tl
 
-from bpo_fast.kernels.sequence_logps import COLUMNS, OPTIONS, accumulate_lanes, merge_lanes
-
-
-@triton.jit
-def final_logits(x, bias, columns, inside, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    """The logits that the softmax sees, and t = tanh(x / softcap), whose 1 - t^2 is the slope of the cap."""
-    t = tl.zeros_like(x)
-    if HAS_BIAS:
-        x += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
-    if HAS_SOFTCAP:
-        # tanh with the exponential of a negative number only: no overflow, and an error of 1e-7 of the cap.
-        decay = tl.exp(-2.0 * tl.abs(x / softcap))
-        t = tl.where(x < 0, -1.0, 1.0) * (1.0 - decay) / (1.0 + decay)
-        # Columns past the vocabulary stay -inf; the cap would make them -softcap.
-        x = tl.where(inside, softcap * t, float("-inf"))
-    return x, t
+from bpo_fast.kernels import heuristics
+from bpo_fast.kernels.rows import (
+    accumulate,
+    empty_state,
+    exponential,
+    final_logits,
+    merge,
+    store_statistics,
+    tile_columns,
+)
+from bpo_fast.kernels.sequence_logps import OPTIONS
 
 
 @triton.jit
@@ -34,75 +29,123 @@ def unit_gradient_kernel(
     bias,
     scale,
     logps,
+    statistics,
+    statistics_stride,
     vocab_size,
     logits_stride,
     gradient_stride,
     softcap,
+    inverse_temperature,
+    HAS_TARGETS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     WITH_GRADIENT: tl.constexpr,
+    WITH_STATISTICS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
-    """Program (row): logps[row] = log p_target, and gradient[row] = scale[row] * (onehot - p) * slope of the cap.
+    """Program (row): logps[row] = log p_target, and gradient[row] = scale[row] * (onehot - p) * slope of the logits.
 
     `gradient` is the memory of `logits`, seen as float32 or as a 16-bit type in the first half of each row; strides
-    count elements of the pointer's own type. logits float32 [rows, vocabulary]; targets int64 [rows], all inside the
-    vocabulary; scale and logps float32 [rows].
+    count elements of the pointer's own type. logits float32 [rows, vocabulary]; targets int64 [rows], one outside the
+    vocabulary reads nothing and gives NaN; scale and logps float32 [rows]; statistics float32 [4, rows]. Without
+    targets a row's target logit and its onehot are 0: logps is then minus the log-sum-exp, and gradient its gradient.
     """
     row = tl.program_id(0).to(tl.int64)
-    target = tl.load(targets + row)
     source = logits + row * logits_stride
-    lane_max = tl.full([COLUMNS], float("-inf"), tl.float32)
-    lane_sum = tl.zeros([COLUMNS], tl.float32)
-    for start in range(0, vocab_size, COLUMNS):
-        columns = start + tl.arange(0, COLUMNS)
+    target = tl.full([], -1, tl.int64)
+    target_logit = 0.0
+    if HAS_TARGETS:
+        target = tl.load(targets + row)
+        in_vocabulary = (target >= 0) & (target < vocab_size)
+        target_logit = tl.load(source + target, mask=in_vocabulary, other=float("nan"))
+        target_logit, _target_slope = final_logits(
+            target_logit,
+            bias,
+            tl.minimum(tl.maximum(target, 0), vocab_size - 1),
+            True,
+            softcap,
+            inverse_temperature,
+            HAS_BIAS,
+            HAS_SOFTCAP,
+            HAS_TEMPERATURE,
+        )
+    state = empty_state(COLUMNS // VECTOR)
+    for start in tl.range(0, vocab_size, COLUMNS, loop_unroll_factor=UNROLL):
+        columns = start + tile_columns(COLUMNS, VECTOR, INTERLEAVED)
         inside = columns < vocab_size
         x = tl.load(source + columns, mask=inside, other=float("-inf"))
-        x, _ = final_logits(x, bias, columns, inside, softcap, HAS_BIAS, HAS_SOFTCAP)
-        lane_max, lane_sum = accumulate_lanes(lane_max, lane_sum, x)
-    row_max, log_sum = merge_lanes(lane_max, lane_sum)
-    target_logit = tl.load(source + target)
-    target_logit, _ = final_logits(target_logit, bias, target, target >= 0, softcap, HAS_BIAS, HAS_SOFTCAP)
+        x, _slope = final_logits(
+            x, bias, columns, inside, softcap, inverse_temperature, HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE
+        )
+        state = accumulate(state, x, columns, inside, start, target.to(tl.int32), WITH_STATISTICS)
+    row_state = merge(state, WITH_STATISTICS)
+    row_max = row_state[0]
+    log_sum = tl.log(row_state[1])
     tl.store(logps + row, target_logit - row_max - log_sum)
+    if WITH_STATISTICS:
+        store_statistics(statistics, row, statistics_stride, row_state, target_logit, vocab_size)
     if WITH_GRADIENT:
         out = gradient + row * gradient_stride
         grad = 1.0
         if HAS_SCALE:
             grad = tl.load(scale + row)
         tl.debug_barrier()
-        for start in range(0, vocab_size, COLUMNS):
-            columns = start + tl.arange(0, COLUMNS)
+        for start in tl.range(0, vocab_size, COLUMNS, loop_unroll_factor=UNROLL):
+            columns = start + tile_columns(COLUMNS, VECTOR, INTERLEAVED)
             inside = columns < vocab_size
             x = tl.load(source + columns, mask=inside, other=float("-inf"))
             # 16-bit results land on bytes that hold float32 logits of this block or of one already read: every thread
             # must have its logits before any thread writes.
             tl.debug_barrier()
-            x, t = final_logits(x, bias, columns, inside, softcap, HAS_BIAS, HAS_SOFTCAP)
-            p = tl.exp(x - row_max - log_sum)
-            value = tl.where(columns == target, 1.0 - p, -p) * grad
-            if HAS_SOFTCAP:
-                value *= 1.0 - t * t
+            x, slope = final_logits(
+                x, bias, columns, inside, softcap, inverse_temperature, HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE
+            )
+            p = exponential(x - row_max - log_sum)
+            value = tl.where(columns == target.to(tl.int32), 1.0 - p, -p) * grad * slope
             tl.store(out + columns, value.to(gradient.dtype.element_ty), mask=inside)
 
 
-def launch_unit_gradient(logits, gradient, targets, bias, scale, logps, softcap):
-    """Launch over float32 logits [n, V], n not 0; `gradient` None asks for the log-probs alone."""
-    unit_gradient_kernel[(logits.shape[0],)](
+def launch_unit_gradient(logits, gradient, targets, bias, scale, logps, statistics, softcap, temperature):
+    """Launch over float32 logits [n, V], n not 0; what is None is left out."""
+    num_rows, vocab_size = logits.shape
+    launch = heuristics.row_launch(
+        num_rows,
+        vocab_size,
+        logits.element_size(),
+        0,
+        heavy=statistics is not None or softcap is not None,
+        aligned=heuristics.is_aligned(logits),
+    )
+    unit_gradient_kernel[(num_rows,)](
         logits,
         gradient,
         targets,
         bias,
         scale,
         logps,
-        logits.shape[1],
+        statistics,
+        0 if statistics is None else statistics.stride(0),
+        vocab_size,
         logits.stride(0),
         0 if gradient is None else gradient.stride(0),
         1.0 if softcap is None else softcap,
+        1.0 / temperature,
+        HAS_TARGETS=targets is not None,
         HAS_BIAS=bias is not None,
         HAS_SOFTCAP=softcap is not None,
+        HAS_TEMPERATURE=temperature != 1.0,
         HAS_SCALE=scale is not None,
         WITH_GRADIENT=gradient is not None,
-        COLUMNS=COLUMNS,
+        WITH_STATISTICS=statistics is not None,
+        COLUMNS=launch.columns,
+        VECTOR=launch.vector,
+        INTERLEAVED=launch.interleaved,
+        UNROLL=launch.unroll,
+        num_warps=launch.num_warps,
         **OPTIONS,
     )

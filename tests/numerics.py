@@ -21,18 +21,43 @@ def assert_within_contract(ours, plain, exact, relative=0.0):
         assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}"
 
 
-def eager_token_logps(logits, targets):
+def final_logits(logits, logit_softcap=None, temperature=1.0):
+    """What the softmax sees, in the dtype of `logits`."""
+    if logit_softcap is not None:
+        logits = logit_softcap * torch.tanh(logits / logit_softcap)
+    return logits / temperature
+
+
+def eager_token_logps(logits, targets, logit_softcap=None, temperature=1.0):
     """Plain PyTorch in the dtype of `logits`, in the order a reader would write it; ignored targets give 0."""
+    logits = final_logits(logits, logit_softcap, temperature)
     ignored = targets == -100
     logps = torch.log_softmax(logits, -1).gather(-1, targets.masked_fill(ignored, 0)[..., None]).squeeze(-1)
     return torch.where(ignored, torch.zeros_like(logps), logps)
 
 
-def eager_linear_token_logps(hidden, weight, targets, bias=None, logit_softcap=None):
+def eager_statistics(logits, targets, logit_softcap=None, temperature=1.0):
+    """The four of `TokenStatistics`, stacked, from their definitions; ignored targets give 0."""
+    logits = final_logits(logits, logit_softcap, temperature)
+    logps = torch.log_softmax(logits, -1)
+    p = logps.exp()
+    values = torch.stack(
+        [
+            -torch.where(p > 0, p * logps, 0).sum(-1),
+            (logits.argmax(-1) == targets).to(logits.dtype),
+            p.square().sum(-1).log(),
+            logits.mean(-1),
+        ]
+    )
+    return torch.where(targets == -100, 0, values)
+
+
+def eager_linear_token_logps(hidden, weight, targets, bias=None, logit_softcap=None, temperature=1.0, lora=None):
     logits = torch.nn.functional.linear(hidden, weight, bias)
-    if logit_softcap is not None:
-        logits = logit_softcap * torch.tanh(logits / logit_softcap)
-    return eager_token_logps(logits, targets)
+    if lora is not None:
+        lora_A, lora_B, scaling = lora
+        logits = logits + scaling * (hidden @ lora_A.t()) @ lora_B.t()
+    return eager_token_logps(logits, targets, logit_softcap, temperature)
 
 
 def gradients(function, tensors, upstream):

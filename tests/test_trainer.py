@@ -14,7 +14,7 @@ import time
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny_models import make_llava, make_pairs, make_processor
 from transformers import TrainerCallback
@@ -31,7 +31,10 @@ TRL_METRICS = (
     "rewards/rejected",
     "rewards/accuracies",
     "rewards/margins",
+    "num_tokens",
 )
+# Means over tokens. Of accumulated batches TRL takes the mean of their means, here it is the mean over all tokens.
+TRL_TOKEN_METRICS = ("entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected")
 
 
 def settings(output_dir, **options):
@@ -74,8 +77,17 @@ def history(trainer, name):
         {"loss_type": ["hinge"], "max_steps": 6, "gradient_checkpointing": False},
         {"loss_type": ["ipo"], "max_steps": 6, "beta": 0.5},
         {"loss_type": ["sft"], "max_steps": 6},
+        {
+            "loss_type": ["sigmoid", "bco_pair", "sft"],
+            "loss_weights": [0.8, 0.2, 1.0],
+            "ld_alpha": 0.3,
+            "max_steps": 6,
+        },
+        {"loss_type": ["sigmoid_norm"], "f_divergence_type": "js_divergence", "beta": 0.5, "max_steps": 6},
+        {"loss_type": ["aot"], "label_smoothing": 0.1, "max_steps": 6},
+        {"loss_type": ["sigmoid"], "use_weighting": True, "ld_alpha": 0.5, "max_steps": 6},
     ],
-    ids=lambda options: options["loss_type"][0],
+    ids=lambda options: "+".join(options["loss_type"]),
 )
 def test_parity_with_trl(tmp_path, options):
     """The same script with other import lines: the same batches, losses, rewards, and in the end the same adapter."""
@@ -83,7 +95,9 @@ def test_parity_with_trl(tmp_path, options):
 
     ours = run(tmp_path / "ours", **options)
     theirs = run(tmp_path / "theirs", trainer_class=DPOTrainer, config_class=DPOConfig, **options)
-    names = TRL_METRICS[:1] if options["loss_type"] == ["sft"] else TRL_METRICS
+    names = ("loss",) if options["loss_type"] == ["sft"] else TRL_METRICS
+    if options["loss_type"] != ["sft"] and "gradient_accumulation_steps" not in options:
+        names += TRL_TOKEN_METRICS
     for name in names:
         expected = history(theirs, name)
         assert len(expected) == options.get("max_steps", 20)
@@ -95,17 +109,22 @@ def test_parity_with_trl(tmp_path, options):
 
 
 def test_the_first_step_is_ln_2_with_margins_of_zero(tmp_path):
-    trainer = run(tmp_path, max_steps=2)
+    model = make_llava()
+    # A decoder with dropout of its own; an adapter's does nothing as long as the adapter adds zero.
+    model.get_decoder().norm = torch.nn.Sequential(model.get_decoder().norm, torch.nn.Dropout(0.5))
+    trainer = run(tmp_path, model=model, max_steps=2)
     assert history(trainer, "loss")[0] == pytest.approx(math.log(2), abs=1e-7)
     assert history(trainer, "rewards/margins")[0] == 0.0
     assert history(trainer, "rewards/margins")[1] != 0.0
 
 
 def test_a_token_budget_changes_nothing_but_the_rows(tmp_path):
-    whole, parted = run(tmp_path / "a", max_steps=5), run(tmp_path / "b", max_steps=5, token_budget=40)
+    losses = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2], "ld_alpha": 0.5}
+    whole = run(tmp_path / "a", max_steps=5, **losses)
+    parted = run(tmp_path / "b", max_steps=5, token_budget=40, **losses)
     batch = next(iter(parted.get_train_dataloader()))
     assert len(batch["rows"]) > 1
-    for name in TRL_METRICS:
+    for name in TRL_METRICS + TRL_TOKEN_METRICS:
         assert history(parted, name) == pytest.approx(history(whole, name), rel=1e-4, abs=1e-5), name
 
 
@@ -114,6 +133,15 @@ def test_sft_raises_the_chosen_answers(tmp_path):
     chosen = history(trainer, "logps/chosen")
     assert sum(chosen[-5:]) > sum(chosen[:5]) + 5
     assert "rewards/margins" not in trainer.state.log_history[0]
+
+
+def test_losses_without_a_reference_never_run_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(PeftModel, "disable_adapter", None)
+    trainer = run(tmp_path, loss_type=["simpo", "sft"], loss_weights=[1.0, 0.1], beta=2.0, max_steps=12)
+    losses = history(trainer, "loss")
+    assert sum(losses[-3:]) < sum(losses[:3]) - 0.5
+    entry = trainer.state.log_history[0]
+    assert entry["rewards/chosen"] == pytest.approx(2.0 * entry["logps/chosen"], rel=1e-4)
 
 
 def test_sft_needs_no_rejected_column(tmp_path):
@@ -238,9 +266,10 @@ def test_half_written_checkpoints_are_passed_over(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loss_type": "dpo"}, r"loss_type: found \['dpo'\], expected one of"),
-        ({"loss_type": ["sigmoid", "sft"]}, "loss_type: found"),
+        ({"loss_type": "dpo"}, "loss_type must be one of sigmoid, .*, got 'dpo'"),
+        ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "loss_weights must hold a finite number for each"),
         ({"beta": 0.0}, "beta must be positive, got 0.0"),
+        ({"loss_type": "aot", "token_budget": 100}, "token_budget: found 100 with loss_type"),
     ],
 )
 def test_bad_settings_are_named(tmp_path, options, message):

@@ -1,171 +1,330 @@
 """Log-probabilities of target tokens from logits that exist: `token_logps`, and `sequence_logps` for a pair of models.
 
-log p_y = (x_y - m) - log sum exp(x - m) with m = max x; d log p_y / d x = onehot(y) - p.
-float16, bfloat16 and float32 logits are computed in float32, float64 in float64.
+float16, bfloat16 and float32 logits are computed in float32, float64 in float64; see `rows.py` for the formulas.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bpo_fast.ops.checks import IGNORE_INDEX, check_indices, check_same, check_target_range, check_tensor
-
-# On the CPU rows are taken in blocks of this many bytes of float32, small enough for the last-level cache to serve the
-# passes over one. Not smaller: every pass ends in a barrier of all threads, and on a machine with other work to do a
-# barrier costs a time slice; blocks of 2 MiB then took several times as long.
-BLOCK_BYTES = 32 << 20
-
-
-def accumulation_dtype(dtype):
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def runs_in_triton(tensor):
-    """Whether the Triton kernels take `tensor`; float64 and CPU tensors go through PyTorch."""
-    return tensor.is_cuda and tensor.dtype != torch.float64
+from bpo_fast.ops.rows import (
+    TokenStatistics,
+    accumulation_dtype,
+    block_rows,
+    check_transform,
+    exponentiate_,
+    final_logits_,
+    num_processors,
+    runs_in_triton,
+)
 
 
-def row_blocks(num_rows, vocab_size):
-    """Slices of rows, each about BLOCK_BYTES of float32."""
-    step = max(1, BLOCK_BYTES // (4 * vocab_size))
-    return [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
+def _row_blocks(targets, vocab_size):
+    """(sequence, slice of tokens) of each run of targets [S, T] that count, cut to blocks."""
+    most = block_rows(vocab_size)
+    blocks = []
+    for sequence, kept in enumerate(targets != IGNORE_INDEX):
+        places = kept.nonzero().squeeze(1)
+        ends = (places.diff() != 1).nonzero().squeeze(1) + 1
+        for run in places.tensor_split(ends):
+            if len(run):
+                first, stop = int(run[0]), int(run[-1]) + 1
+                blocks += [(sequence, slice(start, min(start + most, stop))) for start in range(first, stop, most)]
+    return blocks
 
 
-def exponentiate_(rows, targets):
-    """Turn rows [n, V] into exp(x - max) in place. Returns logps [n], and max and the sum of each row, [n, 1]."""
-    target_logits = rows.gather(1, targets[:, None])
-    row_max = rows.amax(1, keepdim=True)
-    row_sum = rows.sub_(row_max).exp_().sum(1, keepdim=True)
-    return (target_logits - row_max - row_sum.log()).squeeze(1), row_max, row_sum
+class _Scratch:
+    """One buffer for the blocks of a call: fresh memory for each would cost more than the arithmetic."""
+
+    def __init__(self, blocks, logits):
+        longest = max((tokens.stop - tokens.start for _, tokens in blocks), default=0)
+        self.buffer = logits.new_empty(longest, logits.shape[-1], dtype=accumulation_dtype(logits.dtype))
+
+    def copy(self, rows):
+        return self.buffer[: len(rows)].copy_(rows)
 
 
-def _forward_torch(logits, targets, token_logps, statistics):
-    """Fill token_logps [S, T] and, if given, statistics [2, S, T] at the targets that count, from logits [S, T, V]."""
-    sequences, tokens = (targets != IGNORE_INDEX).nonzero(as_tuple=True)
-    for block in row_blocks(len(sequences), logits.shape[-1]):
-        where = (sequences[block], tokens[block])
-        # Indexing makes the block's own copy, whatever the strides; the cast is free of a second one in float32.
-        logps, row_max, row_sum = exponentiate_(logits[where].to(token_logps.dtype), targets[where])
-        token_logps[where] = logps
+def _forward_torch(logits, targets, softcap, temperature, token_logps, row_numbers, statistics):
+    """Fill token_logps [S, T] and, where given, row_numbers [2, S, T] and statistics [4, S, T].
+
+    Only at targets that count: no other row is read.
+    """
+    blocks = _row_blocks(targets, logits.shape[-1])
+    scratch = _Scratch(blocks, logits)
+    for where in blocks:
+        rows = scratch.copy(logits[where])
+        final_logits_(rows, softcap, temperature, with_slope=False)
+        block_statistics = None if statistics is None else rows.new_empty(4, len(rows))
+        token_logps[where], row_max, row_sum = exponentiate_(rows, targets[where], block_statistics)
+        if row_numbers is not None:
+            row_numbers[0][where] = row_max.squeeze(1)
+            row_numbers[1][where] = row_sum.log().squeeze(1)
         if statistics is not None:
-            statistics[0][where] = row_max.squeeze(1)
-            statistics[1][where] = row_sum.log().squeeze(1)
+            for plane, values in zip(statistics, block_statistics, strict=True):
+                plane[where] = values
+
+
+def _backward_torch(grad, logits, targets, row_numbers, softcap, temperature, grad_logits):
+    """Fill grad_logits [S, T, V] at the targets that count, from grad [S, T]; it may be the logits' memory."""
+    blocks = _row_blocks(targets, logits.shape[-1])
+    # Without rounding, the gradient is worked out where it will stay.
+    scratch = None if grad_logits.dtype == grad.dtype else _Scratch(blocks, logits)
+    for where in blocks:
+        scale = grad[where][:, None]
+        row_max, log_sum = (numbers[where][:, None] for numbers in row_numbers)
+        rows = grad_logits[where] if scratch is None else scratch.copy(logits[where])
+        if scratch is None and softcap is None and temperature == 1.0:
+            torch.sub(logits[where], row_max, out=rows)
+            slope = None
+        else:
+            slope = final_logits_(rows.copy_(logits[where]), softcap, temperature, with_slope=True)
+            rows.sub_(row_max)
+        rows.exp_().mul_(-scale / log_sum.exp()).scatter_add_(1, targets[where][:, None], scale)
+        if slope is not None:
+            rows.mul_(slope)
+        if scratch is not None:
+            grad_logits[where] = rows
 
 
 @torch.library.custom_op("bpo_fast::sequence_logps", mutates_args=())
 def _sequence_logps(
-    logits: Tensor, ref_logits: Tensor | None, targets: Tensor, with_sums: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    logits: Tensor,
+    ref_logits: Tensor | None,
+    targets: Tensor,
+    softcap: float | None,
+    temperature: float,
+    with_sums: bool,
+    with_statistics: bool,
+    inplace_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """token_logps [P, S, T], policy sums [S], reference sums [S], num_tokens [S], statistics [4, S, T], row numbers.
+
+    Row numbers [2, S, T] are the policy's maximum and log s of each row. What is not asked for is empty.
+    `inplace_backward` is for the backward pass alone.
+    """
     check_target_range(targets, logits.shape[-1])
-    token_logps, sums, statistics = _sequence_logps_fake(logits, ref_logits, targets, with_sums)
+    outputs = _sequence_logps_fake(
+        logits, ref_logits, targets, softcap, temperature, with_sums, with_statistics, inplace_backward
+    )
+    token_logps, policy_sums, ref_sums, num_tokens, statistics, row_numbers = outputs
     if runs_in_triton(logits) and targets.numel():
         from bpo_fast.kernels.sequence_logps import launch_sequence_logps
 
-        arrivals = torch.zeros(sums.shape, dtype=torch.int32, device=logits.device) if with_sums else None
         launch_sequence_logps(
             _unit_stride(logits),
             None if ref_logits is None else _unit_stride(ref_logits),
             targets,
             token_logps,
-            sums if with_sums else None,
-            statistics,
-            arrivals,
+            policy_sums if with_sums else None,
+            ref_sums if with_sums else None,
+            num_tokens if with_sums else None,
+            row_numbers,
+            statistics if with_statistics else None,
+            softcap,
+            temperature,
+            num_processors(logits),
         )
-        return token_logps, sums, statistics
-    token_logps.zero_()
-    statistics.zero_()
-    _forward_torch(logits, targets, token_logps[0], statistics)
+        return outputs
+    for output in outputs:
+        output.zero_()
+    options = (targets, softcap, temperature)
+    _forward_torch(logits, *options, token_logps[0], row_numbers, statistics if with_statistics else None)
     if ref_logits is not None:
-        _forward_torch(ref_logits, targets, token_logps[1], None)
+        _forward_torch(ref_logits, *options, token_logps[1], None, None)
     if with_sums:
-        torch.sum(token_logps, dim=2, out=sums)
-    return token_logps, sums, statistics
+        torch.sum(token_logps[0], dim=1, out=policy_sums)
+        if ref_logits is not None:
+            torch.sum(token_logps[1], dim=1, out=ref_sums)
+        torch.sum(targets != IGNORE_INDEX, dim=1, out=num_tokens)
+    return outputs
 
 
 @_sequence_logps.register_fake
-def _sequence_logps_fake(logits, ref_logits, targets, with_sums):
-    planes = 1 if ref_logits is None else 2
-    dtype = accumulation_dtype(logits.dtype)
+def _sequence_logps_fake(
+    logits, ref_logits, targets, softcap, temperature, with_sums, with_statistics, inplace_backward
+):
     num_sequences, num_tokens = targets.shape
-    token_logps = logits.new_empty(planes, num_sequences, num_tokens, dtype=dtype)
-    sums = logits.new_empty((planes, num_sequences) if with_sums else (0,), dtype=dtype)
-    return token_logps, sums, logits.new_empty(2, num_sequences, num_tokens, dtype=dtype)
+
+    def empty(*shape):
+        return logits.new_empty(shape, dtype=accumulation_dtype(logits.dtype))
+
+    return (
+        empty(1 if ref_logits is None else 2, num_sequences, num_tokens),
+        empty(num_sequences if with_sums else 0),
+        empty(num_sequences if with_sums and ref_logits is not None else 0),
+        targets.new_empty(num_sequences if with_sums else 0),
+        empty(4 if with_statistics else 0, num_sequences, num_tokens),
+        empty(2, num_sequences, num_tokens),
+    )
 
 
 def _unit_stride(logits):
     return logits if logits.stride(-1) == 1 else logits.contiguous()
 
 
-@torch.library.custom_op("bpo_fast::sequence_logps_backward", mutates_args=())
-def _sequence_logps_backward(grad: Tensor, logits: Tensor, targets: Tensor, statistics: Tensor) -> Tensor:
-    """grad [S, T] of the policy's token log-probs -> grad of logits [S, T, V], in the one buffer that is returned."""
-    if runs_in_triton(logits) and targets.numel():
+def _fill_gradient(grad_tokens, grad_sums, logits, targets, row_numbers, softcap, temperature, grad_logits):
+    if not targets.numel():
+        return
+    if runs_in_triton(logits):
         from bpo_fast.kernels.sequence_logps import launch_sequence_logps_backward
 
-        grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        launch_sequence_logps_backward(grad, _unit_stride(logits), targets, statistics, grad_logits)
-        return grad_logits
-    grad_logits = torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)
-    sequences, tokens = (targets != IGNORE_INDEX).nonzero(as_tuple=True)
-    for block in row_blocks(len(sequences), logits.shape[-1]):
-        where = (sequences[block], tokens[block])
-        scale = grad[where][:, None]
-        rows = logits[where].to(grad.dtype).sub_(statistics[0][where][:, None]).sub_(statistics[1][where][:, None])
-        rows.exp_().mul_(-scale).scatter_add_(1, targets[where][:, None], scale)
-        grad_logits[where] = rows.to(logits.dtype)
+        options = (softcap, temperature, num_processors(logits))
+        launch_sequence_logps_backward(
+            grad_tokens, grad_sums, _unit_stride(logits), targets, row_numbers, grad_logits, *options
+        )
+        return
+    grad = torch.zeros_like(row_numbers[0])
+    if grad_tokens is not None:
+        grad += grad_tokens
+    if grad_sums is not None:
+        grad += grad_sums[:, None]
+    _backward_torch(grad, logits, targets, row_numbers, softcap, temperature, grad_logits)
+
+
+@torch.library.custom_op("bpo_fast::sequence_logps_backward", mutates_args=())
+def _sequence_logps_backward(
+    grad_tokens: Tensor | None,
+    grad_sums: Tensor | None,
+    logits: Tensor,
+    targets: Tensor,
+    row_numbers: Tensor,
+    softcap: float | None,
+    temperature: float,
+) -> Tensor:
+    """grad [S, T] of the policy's token log-probs and [S] of their sums -> gradient of the logits [S, T, V]."""
+    # The kernel writes the rows that are ignored too; PyTorch's path leaves them as they are.
+    make = torch.empty if runs_in_triton(logits) else torch.zeros
+    grad_logits = make(logits.shape, dtype=logits.dtype, device=logits.device)
+    _fill_gradient(grad_tokens, grad_sums, logits, targets, row_numbers, softcap, temperature, grad_logits)
     return grad_logits
 
 
 @_sequence_logps_backward.register_fake
-def _sequence_logps_backward_fake(grad, logits, targets, statistics):
+def _(grad_tokens, grad_sums, logits, targets, row_numbers, softcap, temperature):
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
+@torch.library.custom_op("bpo_fast::sequence_logps_backward_", mutates_args=("logits",))
+def _sequence_logps_backward_(
+    grad_tokens: Tensor | None,
+    grad_sums: Tensor | None,
+    logits: Tensor,
+    targets: Tensor,
+    row_numbers: Tensor,
+    softcap: float | None,
+    temperature: float,
+) -> None:
+    """The same, written over the logits, whose vocabulary is contiguous."""
+    if not runs_in_triton(logits):
+        logits.masked_fill_((targets == IGNORE_INDEX)[..., None], 0)
+    _fill_gradient(grad_tokens, grad_sums, logits, targets, row_numbers, softcap, temperature, logits)
+
+
+@_sequence_logps_backward_.register_fake
+def _(grad_tokens, grad_sums, logits, targets, row_numbers, softcap, temperature):
+    return None
+
+
 def _setup_context(ctx, inputs, output):
-    logits, _, targets, _ = inputs
+    logits, _, targets, ctx.softcap, ctx.temperature, _, _, ctx.inplace_backward = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, targets, output[2])
+    ctx.save_for_backward(logits, targets, output[5])
 
 
-def _backward(ctx, grad_token_logps, grad_sums, _):
-    logits, targets, statistics = ctx.saved_tensors
-    grad = torch.zeros_like(statistics[0])
-    if grad_token_logps is not None:
-        grad = grad + grad_token_logps[0]
-    if grad_sums is not None and grad_sums.numel():
-        grad = grad + grad_sums[0][:, None]
-    return _sequence_logps_backward(grad, logits, targets, statistics), None, None, None
+def _backward(ctx, grad_tokens, grad_sums, *_):
+    if grad_tokens is None and grad_sums is None:
+        return (None,) * 8
+    grad_tokens = None if grad_tokens is None else grad_tokens[0].contiguous()
+    grad_sums = None if grad_sums is None or not grad_sums.numel() else grad_sums.contiguous()
+    arguments = (grad_tokens, grad_sums, *ctx.saved_tensors, ctx.softcap, ctx.temperature)
+    logits = ctx.saved_tensors[0]
+    # Elements that share memory, as after expand(), cannot hold their gradients.
+    own_memory = all(stride > 0 or size == 1 for size, stride in zip(logits.shape, logits.stride(), strict=True))
+    if ctx.inplace_backward and logits.stride(-1) == 1 and own_memory:
+        _sequence_logps_backward_(*arguments)
+        return logits, *(None,) * 7
+    return _sequence_logps_backward(*arguments), *(None,) * 7
 
 
 _sequence_logps.register_autograd(_backward, setup_context=_setup_context)
 
 
-def sequence_logps(logits, ref_logits, targets):
-    """Token and sequence log-probs under a policy and, in the same launch, under a reference.
+class SequenceLogps(NamedTuple):
+    """Log-probs of S sequences of T positions, float32 (float64 for float64 inputs), in nats.
+
+    `token_logps` and `ref_token_logps` [S, T], 0 where ignored; their sums `logps` and `ref_logps` [S]; `num_tokens`
+    int64 [S], targets that count; `statistics` of the policy's tokens, each [S, T]. None where not asked for.
+    """
+
+    token_logps: Tensor
+    logps: Tensor
+    ref_token_logps: Tensor | None
+    ref_logps: Tensor | None
+    num_tokens: Tensor
+    statistics: TokenStatistics | None
+
+
+def sequence_logps(
+    logits,
+    ref_logits,
+    targets,
+    *,
+    logit_softcap=None,
+    temperature=1.0,
+    with_statistics=False,
+    inplace_backward=False,
+):
+    """Token and sequence log-probs under a policy and, in the same launch, under a reference: `SequenceLogps`.
 
     `logits` and `ref_logits` (or None) are [S, T, V], `targets` int64 [S, T] with -100 where nothing is predicted; no
-    shift. Returns (token_logps [P, S, T], sums [P, S]) in float32 (float64 for float64 logits), plane 0 the policy,
-    plane 1 the reference if there is one. The reference is a constant: no gradient goes to it.
+    shift. Differentiable in `logits`; the reference is a constant. The other arguments are those of `token_logps`.
     """
-    ref_logits = None if ref_logits is None else ref_logits.detach()
-    token_logps, sums, _ = _sequence_logps(logits, ref_logits, targets.contiguous(), True)
-    return token_logps, sums
+    token_logps, logps, ref_logps, num_tokens, statistics, _ = _sequence_logps(
+        logits,
+        None if ref_logits is None else ref_logits.detach(),
+        targets.contiguous(),
+        None if logit_softcap is None else float(logit_softcap),
+        float(temperature),
+        True,
+        with_statistics,
+        inplace_backward,
+    )
+    return SequenceLogps(
+        token_logps[0],
+        logps,
+        None if ref_logits is None else token_logps[1],
+        None if ref_logits is None else ref_logps,
+        num_tokens,
+        TokenStatistics(*statistics.detach()) if with_statistics else None,
+    )
 
 
-def token_logps(logits, targets):
+def token_logps(
+    logits, targets, *, logit_softcap=None, temperature=1.0, with_statistics=False, inplace_backward=False
+):
     """Log-probability of each target token, log softmax(logits)[target], without a copy of the logits.
 
     Args:
         logits: float16, bfloat16, float32 or float64, [..., V], on any device; any strides.
         targets: int64 or int32, [...], the token that each row of logits predicts (nothing is shifted here), in [0, V)
             or -100: such a row gives 0, has no gradient, and its logits are not read.
+        logit_softcap: cap c of logits c * tanh(logits / c) (Gemma 2), or None.
+        temperature: divides the logits, after the cap.
+        with_statistics: give the tokens' `TokenStatistics` too, from the same pass.
+        inplace_backward: let the backward pass write the gradient over the logits, which nothing else may then read.
 
     Returns:
-        float32 [...] (float64 for float64 logits), in nats, differentiable in `logits`. The backward pass writes the
-        gradient (onehot - p) in one pass into one buffer of the logits' dtype.
+        float32 [...] (float64 for float64 logits), in nats, differentiable in `logits`; with statistics the pair of it
+        and a `TokenStatistics`. The backward pass writes the gradient in one pass into one buffer of the logits'
+        dtype, their own if it may.
 
     Raises:
         TypeError: logits that are not floating point, targets that are not int32 or int64.
-        ValueError: shapes or devices that do not fit, a target outside the vocabulary.
+        ValueError: shapes or devices that do not fit, a cap or a temperature that is not positive, a target outside
+            the vocabulary. On a CUDA device, where to look at targets would be to wait for them, such a target gives
+            NaN.
 
     >>> import torch
     >>> token_logps(torch.tensor([[0.0, 0.0], [1.0, 2.0]]), torch.tensor([0, -100]))
@@ -176,9 +335,22 @@ def token_logps(logits, targets):
     check_tensor("logits", logits, (*logits.shape[:-1], "V"))
     check_indices("targets", targets, logits.shape[:-1])
     check_same("targets", targets, "logits", logits)
+    check_transform(logit_softcap, temperature)
     if not logits.shape[-1]:
         raise ValueError("logits must have a vocabulary of at least one column, got V = 0.")
     rows = logits.reshape(1, -1, logits.shape[-1]) if logits.ndim != 3 else logits
     row_targets = targets.reshape(rows.shape[:2]).to(torch.int64)
-    logps, _, _ = _sequence_logps(rows, None, row_targets.contiguous(), False)
-    return logps[0].reshape(targets.shape)
+    logps, _, _, _, statistics, _ = _sequence_logps(
+        rows,
+        None,
+        row_targets.contiguous(),
+        None if logit_softcap is None else float(logit_softcap),
+        float(temperature),
+        False,
+        with_statistics,
+        inplace_backward,
+    )
+    logps = logps[0].reshape(targets.shape)
+    if not with_statistics:
+        return logps
+    return logps, TokenStatistics(*(plane.reshape(targets.shape) for plane in statistics.detach()))

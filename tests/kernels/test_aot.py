@@ -1,14 +1,21 @@
+import re
+from dataclasses import replace
+from importlib.metadata import version
+
 import pytest
 
 from bpo_fast.kernels import aot
+from bpo_fast.kernels.occupancy import occupancy
 
 
 def test_the_table_and_its_exit_code(capsys):
     assert aot.main(["--arch", "86", "--match", "sequence_logps[bfloat16,sums]"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["kernel", "arch", "registers", "spilled", "shared"]
-    name, arch, registers, spilled, shared = lines[1].split()
+    assert lines[0].split() == ["kernel", "arch", "warps", "registers", "spilled", "shared", "occupancy"]
+    name, arch, warps, registers, spilled, shared, share = lines[1].split()[:7]
     assert (name, arch, spilled) == ("sequence_logps[bfloat16,sums]", "sm_86", "0")
+    found = occupancy(86, int(registers), int(shared), int(warps))
+    assert share == f"{100 * int(warps) * found.blocks // 48}%"
     assert 0 < int(registers) <= 255
     assert 0 < int(shared) <= aot.SHARED_LIMIT
     assert "aligned" in lines[2]
@@ -18,19 +25,20 @@ def test_the_table_and_its_exit_code(capsys):
 def test_too_much_shared_memory_fails(capsys):
     arguments = ["--arch", "86", "--match", "sequence_logps[bfloat16,sums] aligned"]
     assert aot.main([*arguments, "--shared-limit", "8"]) == 1
-    assert "FAILED: 32 bytes of shared memory, more than 8" in capsys.readouterr().out
+    assert re.search(r"FAILED: \d+ bytes of shared memory, more than 8\n", capsys.readouterr().out)
 
 
 def test_a_spill_is_a_problem():
-    assert aot.problems(spilled=8, shared=0) == ["spills 8 bytes"]
-    assert aot.problems(spilled=0, shared=aot.SHARED_LIMIT) == []
-    assert len(aot.problems(spilled=8, shared=aot.SHARED_LIMIT + 1)) == 2
+    assert aot.problems(aot.Usage(registers=40, spilled=8, shared=0)) == ["spills 8 bytes"]
+    assert aot.problems(aot.Usage(registers=40, spilled=0, shared=aot.SHARED_LIMIT)) == []
+    assert len(aot.problems(aot.Usage(registers=40, spilled=8, shared=aot.SHARED_LIMIT + 1))) == 2
 
 
 def test_every_kernel_has_a_variant():
-    from bpo_fast.kernels import sequence_logps, unit_gradient
+    from bpo_fast.kernels import sequence_logps, sigmoid_preference, unit_gradient
 
-    kernels = {name for module in (sequence_logps, unit_gradient) for name in vars(module) if name.endswith("_kernel")}
+    modules = (sequence_logps, sigmoid_preference, unit_gradient)
+    kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert {variant.kernel.__name__ for variant in aot.variants()} == kernels
 
 
@@ -38,3 +46,62 @@ def test_unknown_kernel_is_named(capsys):
     with pytest.raises(SystemExit):
         aot.main(["--match", "nothing"])
     assert "no kernel's name holds 'nothing'" in capsys.readouterr().err
+
+
+def small_table(monkeypatch):
+    """One kernel for two architectures stands for the table, so that a test compiles none."""
+    (variant,) = (v for v in aot.variants() if v.name == "sequence_logps[bfloat16]")
+    usages = {80: aot.Usage(32, 0, 0), 86: aot.Usage(41, 0, 32)}
+    monkeypatch.setattr(aot, "ARCHITECTURES", tuple(usages))
+    return [(replace(variant, num_warps=8), usages)]
+
+
+def test_the_kept_table(monkeypatch):
+    lines = aot.markdown(small_table(monkeypatch)).splitlines()
+    assert lines[-3:] == [
+        "| kernel | warps | sm_80 | sm_86 |",
+        "| --- | ---: | --- | --- |",
+        # 41 registers: 5 blocks of 8 warps of the 48 of sm_86.
+        "| `sequence_logps[bfloat16]` | 8 | 32 · 0 · 100% | 41 · 32 · 83% (registers) |",
+    ]
+    assert f"triton {version('triton')}" in lines[2]
+
+
+def test_a_table_that_differs_is_told_in_one_sentence(tmp_path, monkeypatch):
+    made = aot.markdown(small_table(monkeypatch))
+    path = tmp_path / "table.md"
+    remedy = f"run `{aot.COMMAND} --markdown {path}` and keep the result."
+    assert aot.difference(path, made) == f"{path} does not exist; {remedy}"
+    path.write_text(made)
+    assert aot.difference(path, made) == ""
+    path.write_text(made.replace("41 · 32", "40 · 32"))
+    assert aot.difference(path, made).startswith(f"{path} is behind in 1 lines, the first of which is now '| `seq")
+    path.write_text(made + "| more |\n")
+    assert aot.difference(path, made) == f"{path} holds lines that are not made any more; {remedy}"
+    path.write_text(made.replace(f"triton {version('triton')}", "triton 1.0.0"))
+    assert aot.difference(path, made).startswith(f"{path} was made with triton 1.0.0 and this is triton ")
+
+
+def test_sass_of_one_kernel(capsys):
+    assert aot.main(["--sass", "sequence_logps[bfloat16,sums] aligned", "--arch", "86"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    counts = {words[0]: tuple(map(int, words[1:])) for words in map(str.split, lines[lines.index("") + 2 :])}
+    marked = [line for line in lines if line.startswith(">")]
+    assert counts["sum"][0] == len(marked) > 20
+    # The loop over a row reads 16 bytes a thread and access, and takes one exponential a logit and one a lane.
+    assert counts["LDG.E.128"][0] >= 1
+    assert counts["MUFU.EX2"][0] >= 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--check", "table.md", "--arch", "86"], "--markdown and --check are about the whole table"),
+        (["--sass", "sequence_logps[bfloat16,sums]"], "--sass shows one architecture; add it, such as --arch 86."),
+        (["--sass", "nothing", "--arch", "86"], "--sass names no kernel: 'nothing'"),
+    ],
+)
+def test_options_that_do_not_fit_are_named(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        aot.main(arguments)
+    assert message in capsys.readouterr().err

@@ -6,11 +6,15 @@ from numerics import (
     assert_within_contract,
     draw_targets,
     eager_linear_token_logps,
+    eager_statistics,
     eager_token_logps,
     gradients,
 )
 
 from bpo_fast import dpo_loss, linear_dpo_loss, linear_token_logps, token_logps
+from bpo_fast.kernels.heuristics import row_launch
+from bpo_fast.ops.rows import num_processors
+from bpo_fast.preference import LossConfig, sequence_preference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -100,6 +104,58 @@ def test_policy_equal_to_reference_gives_margins_of_exactly_zero(dtype):
     for output in outputs:
         assert not output.chosen_rewards.any()
         assert not output.rejected_rewards.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_rows", [1, 4, 16])
+def test_few_rows_of_a_large_vocabulary_are_split(dtype, num_rows):
+    logits = torch.randn(num_rows, 128256, device="cuda").mul(3).to(dtype)
+    targets = torch.randint(0, 128256, (num_rows,), device="cuda")
+    assert row_launch(num_rows, 128256, logits.element_size(), num_processors(logits)).splits > 1
+    logps, statistics = token_logps(logits, targets, with_statistics=True, temperature=0.8)
+    exact = eager_token_logps(logits.double(), targets, temperature=0.8)
+    torch.testing.assert_close(logps.double(), exact, rtol=1e-6, atol=1e-5)
+    for ours, expected in zip(statistics, eager_statistics(logits.double(), targets, temperature=0.8), strict=True):
+        torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-5)
+    for _ in range(20):
+        assert torch.equal(token_logps(logits, targets, temperature=0.8), logps)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_gradient_over_the_logits(dtype):
+    logits, ref_logits = (torch.randn(4, 60, 32064, device="cuda").to(dtype) for _ in range(2))
+    labels = torch.randint(0, 32064, (4, 60), device="cuda")
+    labels[:, :20] = -100
+    results = []
+    for inplace_backward in (False, True):
+        leaf = logits.clone().requires_grad_()
+        output = dpo_loss(leaf, labels, ref_logits=ref_logits, inplace_backward=inplace_backward)
+        results.append((output.loss, torch.autograd.grad(output.loss, leaf)[0]))
+    assert results[1][1].data_ptr() == leaf.data_ptr()
+    for ours, expected in zip(*results, strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_targets_outside_the_vocabulary_give_nan_and_read_nothing():
+    targets = torch.tensor([4, -1, 2**40, 0], device="cuda")
+    logps = token_logps(torch.zeros(4, 4, device="cuda"), targets)
+    assert logps.isnan().tolist() == [True, True, True, False]
+    hidden, weight = torch.zeros(4, 8, device="cuda"), torch.zeros(4, 8, device="cuda")
+    assert linear_token_logps(hidden, weight, targets).isnan().tolist() == [True, True, True, False]
+
+
+@pytest.mark.parametrize("average_logps", [False, True])
+def test_the_loss_in_one_launch_is_that_of_the_table(average_logps):
+    logps, ref_logps = torch.randn(2, 600, device="cuda") * 30
+    num_tokens = torch.randint(0, 9, (600,), device="cuda")
+    config = LossConfig(label_smoothing=0.1, average_logps=average_logps)
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        leaf = logps.to(dtype).requires_grad_()
+        output = sequence_preference(leaf, ref_logps.to(dtype), num_tokens, leaf, config)
+        results.append((output.loss, output.chosen_rewards, torch.autograd.grad(output.loss, leaf)[0]))
+    for ours, exact in zip(*results, strict=True):
+        torch.testing.assert_close(ours.double(), exact.double(), rtol=1e-5, atol=1e-6)
 
 
 def test_rows_beyond_two_to_the_31_elements():

@@ -4,9 +4,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import assert_within_contract, draw_targets, eager_linear_token_logps, gradients
+from numerics import (
+    assert_within_contract,
+    draw_targets,
+    eager_linear_token_logps,
+    eager_statistics,
+    gradients,
+)
 
 from bpo_fast import linear_token_logps
+from bpo_fast.ops import head_sweep
 from bpo_fast.ops import linear_token_logps as module
 
 
@@ -19,6 +26,12 @@ def problem():
     return hidden, weight, bias, targets
 
 
+@pytest.fixture
+def chunk_rows(monkeypatch):
+    """Sets the most rows of a chunk."""
+    return lambda rows: monkeypatch.setattr(head_sweep, "_chunk_rows", lambda *_: rows)
+
+
 # 8209 is above WIDENED_ROWS and no multiple of anything; a scratch of one row makes as many chunks as tokens.
 @settings(max_examples=40, deadline=None)
 @given(
@@ -27,28 +40,42 @@ def problem():
     vocab_size=st.sampled_from([1, 2, 127, 8209]),
     scale=st.sampled_from([0.3, 3.0, 2000.0]),
     softcap=st.sampled_from([None, 5.0, 30.0]),
+    temperature=st.sampled_from([1.0, 0.7]),
     with_bias=st.booleans(),
+    with_lora=st.booleans(),
     ignored=st.sampled_from([0.0, 0.4, 1.0]),
     chunk_tokens=st.sampled_from([1, 3, 1000]),
     seed=st.integers(0, 2**31),
 )
-def test_contract_against_float64(dtype, shape, vocab_size, scale, softcap, with_bias, ignored, chunk_tokens, seed):
+def test_contract_against_float64(
+    dtype, shape, vocab_size, scale, softcap, temperature, with_bias, with_lora, ignored, chunk_tokens, seed
+):
     generator = torch.Generator().manual_seed(seed)
     hidden_size = 24
     hidden = (torch.randn(*shape, hidden_size, generator=generator) * scale).to(dtype)
     weight = torch.randn(vocab_size, hidden_size, generator=generator).to(dtype)
-    inputs = [hidden, weight] + ([torch.randn(vocab_size, generator=generator).to(dtype)] if with_bias else [])
+    shapes = [(vocab_size,)] * with_bias + [(3, hidden_size), (vocab_size, 3)] * with_lora
+    inputs = [hidden, weight] + [torch.randn(*shape, generator=generator).to(dtype) for shape in shapes]
     targets = draw_targets(shape, vocab_size, generator, ignored)
     upstream = torch.randn(shape, generator=generator)
 
-    def ours(hidden, weight, bias=None):
-        return linear_token_logps(hidden, weight, targets, bias=bias, logit_softcap=softcap)
+    def options(further):
+        further = list(further)
+        return {
+            "bias": further.pop(0) if with_bias else None,
+            "lora": (*further, 0.5) if with_lora else None,
+            "logit_softcap": softcap,
+            "temperature": temperature,
+        }
 
-    def eager(hidden, weight, bias=None):
-        return eager_linear_token_logps(hidden, weight, targets, bias, softcap)
+    def ours(hidden, weight, *further):
+        return linear_token_logps(hidden, weight, targets, **options(further))
+
+    def eager(hidden, weight, *further):
+        return eager_linear_token_logps(hidden, weight, targets, **options(further))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "SCRATCH_BYTES", 4 * vocab_size * chunk_tokens)
+        patch.setattr(head_sweep, "_chunk_rows", lambda *_: chunk_tokens)
         logps, grads = gradients(ours, inputs, upstream)
     plain, plain_grads = gradients(eager, inputs, upstream)
     exact, exact_grads = gradients(eager, [x.double() for x in inputs], upstream)
@@ -77,11 +104,11 @@ def test_half_precision_logits_are_not_rounded():
     assert (linear_token_logps(hidden, weight, targets) - exact).abs().max() < 1e-3
 
 
-def test_the_chunk_changes_nothing_beyond_rounding(problem, monkeypatch):
+def test_the_chunk_changes_nothing_beyond_rounding(problem, chunk_rows):
     *inputs, targets = problem
     results = []
     for tokens in (1, 2, 4, 1000):
-        monkeypatch.setattr(module, "SCRATCH_BYTES", 4 * 37 * tokens)
+        chunk_rows(tokens)
         results.append(gradients(lambda h, w, b: linear_token_logps(h, w, targets, bias=b), inputs, torch.ones(9)))
     for logps, grads in results[1:]:
         torch.testing.assert_close(logps, results[0][0], rtol=1e-6, atol=1e-6)
@@ -89,13 +116,86 @@ def test_the_chunk_changes_nothing_beyond_rounding(problem, monkeypatch):
             torch.testing.assert_close(grad, first, rtol=1e-5, atol=1e-6)
 
 
-def test_chunks_cover_all_tokens_within_the_budget():
-    for num_tokens, vocab_size in ((1, 128256), (2048, 128256), (513, 128256), (7, 10**9), (0, 5)):
-        chunks = module._token_chunks(num_tokens, vocab_size, 4)
-        assert [t for chunk in chunks for t in range(chunk.start, chunk.stop)] == list(range(num_tokens))
-        assert all(
-            (c.stop - c.start) * vocab_size * 4 <= module.SCRATCH_BYTES or c.stop - c.start == 1 for c in chunks
-        )
+@pytest.mark.parametrize("num_tokens", [0, 1, 127, 128, 257, 2048, 5000])
+@pytest.mark.parametrize("vocab_size", [100, 32064, 128256, 10**7])
+def test_the_rule_of_chunks(num_tokens, vocab_size):
+    most = head_sweep._chunk_rows(vocab_size, torch.float32, torch.device("cpu"))
+    assert most % head_sweep.TILE_ROWS == 0
+    assert most * vocab_size * 4 <= head_sweep.CPU_SCRATCH_BYTES or most == head_sweep.LEAST_ROWS
+    chunks = head_sweep._chunks(num_tokens, most)
+    sizes = [chunk.stop - chunk.start for chunk in chunks]
+    assert [t for chunk in chunks for t in range(chunk.start, chunk.stop)] == list(range(num_tokens))
+    assert len(chunks) == -(-num_tokens // most)
+    assert all(size <= most and size % head_sweep.TILE_ROWS == 0 for size in sizes[:-1])
+    assert sum(sizes[-1:]) <= (sizes or [0])[0]
+
+
+def test_statistics(problem, chunk_rows):
+    hidden, weight, bias, targets = problem
+    chunk_rows(2)
+    options = {"logit_softcap": 3.0, "temperature": 0.6}
+    logps, statistics = linear_token_logps(hidden, weight, targets, bias=bias, with_statistics=True, **options)
+    logits = hidden.double() @ weight.double().t() + bias.double()
+    exact = eager_statistics(logits, targets, **options)
+    torch.testing.assert_close(torch.stack(tuple(statistics)).double(), exact, rtol=1e-6, atol=1e-6)
+    assert torch.equal(logps, linear_token_logps(hidden, weight, targets, bias=bias, **options))
+    assert not statistics.entropy.requires_grad
+
+
+def test_a_tied_head_gets_both_gradients(problem):
+    _, weight, _, targets = problem
+    tokens = torch.tensor([1, 2, 3, 4, 5, 6, 7, 8, 36])
+    results = []
+    for function, dtype in ((linear_token_logps, torch.float32), (eager_linear_token_logps, torch.float64)):
+        embeddings = weight.to(dtype).requires_grad_()
+        logps = function(torch.nn.functional.embedding(tokens, embeddings), embeddings, targets)
+        results.append(torch.autograd.grad(logps.sum(), embeddings)[0])
+    torch.testing.assert_close(results[0].double(), results[1], rtol=1e-5, atol=1e-6)
+
+
+def test_an_adapter_of_zeros_changes_nothing_and_the_head_is_not_swept_twice(problem, monkeypatch):
+    hidden, weight, _, targets = problem
+    lora = (torch.randn(2, 6), torch.zeros(37, 2), 4.0)
+    assert torch.equal(
+        linear_token_logps(hidden, weight, targets, lora=lora), linear_token_logps(hidden, weight, targets)
+    )
+    made = []
+    original = head_sweep.add_head_gradient_
+    monkeypatch.setattr(
+        head_sweep, "add_head_gradient_", lambda grad, *rest: (made.append(grad.shape), original(grad, *rest))
+    )
+    leaves = [lora[0].requires_grad_(), lora[1].requires_grad_()]
+    linear_token_logps(hidden, weight, targets, lora=(*leaves, 4.0)).sum().backward()
+    assert made == [(37, 2)]
+    assert leaves[1].grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_tokens", [1, 17, 128, 200])
+def test_policy_and_reference_stacked_or_not(num_tokens, dtype, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    hidden, ref_hidden = (torch.randn(2, num_tokens, 40, generator=generator).to(dtype) for _ in range(2))
+    weight = torch.randn(1003, 40, generator=generator).to(dtype)
+    lora = (torch.randn(3, 40, generator=generator), torch.randn(1003, 3, generator=generator), 0.1)
+    targets = draw_targets((2, num_tokens), 1003, generator)
+    sweeps = []
+    original = head_sweep._stacked_sweep
+    monkeypatch.setattr(head_sweep, "_stacked_sweep", lambda *a: (sweeps.append(1), original(*a))[1])
+
+    def both():
+        leaf = hidden.clone().requires_grad_()
+        found = module.linear_sequence_logps(leaf, ref_hidden, weight, targets, lora=lora)
+        return [*found[:4], torch.autograd.grad(found.logps.sum(), leaf)[0]]
+
+    stacked = both()
+    assert sweeps == [1]
+    same = module.linear_sequence_logps(hidden, hidden.clone(), weight, targets)
+    assert torch.equal(same.token_logps, same.ref_token_logps)
+    monkeypatch.setattr(head_sweep, "_chunk_rows", lambda *_: 128)
+    apart = both()
+    assert len(sweeps) == 2
+    for a, b in zip(stacked, apart, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5 if a.dtype == torch.float32 else 2**-7, atol=1e-5)
 
 
 def test_ignored_tokens_do_not_meet_the_head(problem, monkeypatch):
@@ -103,8 +203,8 @@ def test_ignored_tokens_do_not_meet_the_head(problem, monkeypatch):
     hidden = hidden.clone()
     hidden[targets == -100] = float("nan")
     seen = []
-    fill = module._fill_logits
-    monkeypatch.setattr(module, "_fill_logits", lambda out, h, w: (seen.append(len(h)), fill(out, h, w)))
+    fill = head_sweep.fill_logits_
+    monkeypatch.setattr(head_sweep, "fill_logits_", lambda out, h, w: (seen.append(len(h)), fill(out, h, w)))
     hidden.requires_grad_()
     weight = weight.clone().requires_grad_()
     logps = linear_token_logps(hidden, weight, targets)
@@ -118,19 +218,19 @@ def test_ignored_tokens_do_not_meet_the_head(problem, monkeypatch):
 def test_work_that_nobody_asked_for_is_not_done(problem, monkeypatch):
     hidden, weight, _, targets = problem
     calls = []
-    for name in ("_times_head", "_head_gradient"):
-        original = getattr(module, name)
+    for name in ("times_head", "head_gradient_op"):
+        original = getattr(head_sweep, name)
         monkeypatch.setattr(
-            module, name, lambda *a, name=name, original=original: (calls.append(name), original(*a))[1]
+            head_sweep, name, lambda *a, name=name, original=original: (calls.append(name), original(*a))[1]
         )
     linear_token_logps(hidden, weight, targets)
     with torch.no_grad():
         linear_token_logps(hidden.clone().requires_grad_(), weight, targets)
     assert calls == []
     linear_token_logps(hidden.clone().requires_grad_(), weight, targets).sum().backward()
-    assert calls == ["_times_head"]
+    assert calls == ["times_head"]
     linear_token_logps(hidden, weight.clone().requires_grad_(), targets).sum().backward()
-    assert calls == ["_times_head", "_head_gradient"]
+    assert calls == ["times_head", "head_gradient_op"]
 
 
 def test_with_and_without_gradient_give_the_same_bits(problem):
@@ -139,15 +239,19 @@ def test_with_and_without_gradient_give_the_same_bits(problem):
     assert torch.equal(with_gradient.detach(), linear_token_logps(hidden, weight, targets, bias=bias))
 
 
-@pytest.mark.parametrize("options", ["plain", "everything"])
+@pytest.mark.parametrize("options", ["plain", "everything", "no targets"])
 def test_opcheck(problem, options):
     hidden, weight, bias, targets = problem
     everything = options == "everything"
-    inputs = [hidden.clone().requires_grad_(), weight.clone().requires_grad_(everything), targets]
-    inputs += [bias.clone().requires_grad_(), 3.0] if everything else [None, None]
-    torch.library.opcheck(module._linear_token_logps, (*inputs, True))
+    leaf = hidden.clone().requires_grad_()
+    low_rank, low_rank_weight = torch.randn(9, 2, requires_grad=True), torch.randn(37, 2, requires_grad=True)
+    inputs = [leaf, hidden + 1 if everything else None, weight.clone().requires_grad_(everything)]
+    inputs += [None if options == "no targets" else targets]
+    inputs += [bias.clone().requires_grad_(), low_rank, low_rank_weight, 3.0] if everything else [None] * 4
+    dense = options == "no targets"
+    torch.library.opcheck(head_sweep.linear_token_logps_op, (*inputs, 0.7, True, everything, dense))
     detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in inputs]
-    torch.library.opcheck(module._head_gradient, (torch.randn(9), *detached))
+    torch.library.opcheck(head_sweep.head_gradient_op, (torch.randn(9), detached[0], *detached[2:], 0.7, True, dense))
 
 
 def test_compiles_without_graph_break(problem):
@@ -185,6 +289,14 @@ INDICES = torch.zeros(2, dtype=torch.int64)
             "bias must have shape [5], got [4]",
         ),
         ((torch.zeros(2, 3), torch.zeros(5, 3), INDICES), {"logit_softcap": 0.0}, ValueError, "logit_softcap must be"),
+        ((torch.zeros(2, 3), torch.zeros(5, 3), INDICES), {"temperature": 0.0}, ValueError, "temperature must be"),
+        (
+            (torch.zeros(2, 3), torch.zeros(5, 3), INDICES),
+            {"lora": (torch.zeros(2, 3), torch.zeros(4, 2), 1.0)},
+            ValueError,
+            "lora's lora_B must have shape [5, 2], got [4, 2]",
+        ),
+        ((torch.zeros(2, 3), torch.zeros(5, 3), INDICES), {"lora": 1.0}, TypeError, "lora must be (lora_A, lora_B"),
     ],
 )
 def test_errors_name_the_argument(arguments, options, error, words):

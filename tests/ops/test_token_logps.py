@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import assert_within_contract, draw_targets, eager_token_logps, gradients
+from numerics import assert_within_contract, draw_targets, eager_statistics, eager_token_logps, gradients
 
 from bpo_fast import token_logps
-from bpo_fast.ops import checks
+from bpo_fast.ops import checks, rows
 from bpo_fast.ops import token_logps as module
 
 HALVES_AND_FLOAT = [torch.float32, torch.bfloat16, torch.float16]
@@ -22,9 +22,14 @@ HALVES_AND_FLOAT = [torch.float32, torch.bfloat16, torch.float16]
     scale=st.sampled_from([1.0, 30.0, 1e4]),
     ignored=st.sampled_from([0.0, 0.3, 1.0]),
     minus_infinity=st.booleans(),
+    softcap=st.sampled_from([None, 5.0, 30.0]),
+    temperature=st.sampled_from([1.0, 0.7]),
+    inplace_backward=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_contract_against_float64(dtype, shape, vocab_size, scale, ignored, minus_infinity, seed):
+def test_contract_against_float64(
+    dtype, shape, vocab_size, scale, ignored, minus_infinity, softcap, temperature, inplace_backward, seed
+):
     generator = torch.Generator().manual_seed(seed)
     logits = (torch.randn(*shape, vocab_size, generator=generator) * scale).to(dtype)
     targets = draw_targets(shape, vocab_size, generator, ignored)
@@ -33,12 +38,31 @@ def test_contract_against_float64(dtype, shape, vocab_size, scale, ignored, minu
         removed[targets[targets != -100].unique()] = False
         logits = logits.masked_fill(removed, float("-inf"))
     upstream = torch.randn(shape, generator=generator)
-    ours, (grad,) = gradients(lambda x: token_logps(x, targets), [logits], upstream)
-    plain, (plain_grad,) = gradients(lambda x: eager_token_logps(x, targets), [logits], upstream)
-    exact, (exact_grad,) = gradients(lambda x: eager_token_logps(x, targets), [logits.double()], upstream)
+    transform = {"logit_softcap": softcap, "temperature": temperature}
+    found = []
+
+    def ours_with_statistics(x):
+        # In place the leaf's own values would go: the op gets a copy of them.
+        x = x.clone() if inplace_backward else x
+        options = {"with_statistics": True, "inplace_backward": inplace_backward}
+        logps, statistics = token_logps(x, targets, **transform, **options)
+        found.append(torch.stack(tuple(statistics)))
+        return logps
+
+    def eager(x):
+        return eager_token_logps(x, targets, **transform)
+
+    ours, (grad,) = gradients(ours_with_statistics, [logits], upstream)
+    plain, (plain_grad,) = gradients(eager, [logits], upstream)
+    exact, (exact_grad,) = gradients(eager, [logits.double()], upstream)
     assert ours.dtype == torch.float32
     assert grad.dtype == dtype
     assert_within_contract(ours, plain, exact)
+    plain_statistics, exact_statistics = (eager_statistics(x, targets, **transform) for x in (logits, logits.double()))
+    for position, values in enumerate(found[0]):
+        # Two logits may tie after the cap in one precision and not in another; exact ties have a test of their own.
+        if position != 1 or softcap is None:
+            assert_within_contract(values, plain_statistics[position], exact_statistics[position])
     # Rows that are ignored have a gradient of exactly 0; in plain PyTorch -inf logits may make theirs NaN.
     assert not grad[targets == -100].any()
     kept = targets != -100
@@ -59,6 +83,7 @@ def test_gradcheck():
     logits = torch.randn(2, 4, 33, dtype=torch.float64, generator=generator, requires_grad=True)
     targets = draw_targets((2, 4), 33, generator)
     assert torch.autograd.gradcheck(lambda x: token_logps(x, targets), logits)
+    assert torch.autograd.gradcheck(lambda x: token_logps(x, targets, logit_softcap=2.0, temperature=0.5), logits)
 
 
 def test_gradient_of_a_nearly_certain_target_is_not_rounded_to_zero():
@@ -102,9 +127,9 @@ def test_strides(view):
 def test_blocks_do_not_change_the_result(monkeypatch):
     logits, targets = torch.randn(3, 7, 50), torch.randint(0, 50, (3, 7))
     whole, (grad,) = gradients(lambda x: token_logps(x, targets), [logits], torch.ones(3, 7))
-    monkeypatch.setattr(module, "BLOCK_BYTES", 50 * 4)
-    rows, (row_grad,) = gradients(lambda x: token_logps(x, targets), [logits], torch.ones(3, 7))
-    assert torch.equal(whole, rows)
+    monkeypatch.setattr(rows, "BLOCK_BYTES", 50 * 4)
+    split, (row_grad,) = gradients(lambda x: token_logps(x, targets), [logits], torch.ones(3, 7))
+    assert torch.equal(whole, split)
     assert torch.equal(grad, row_grad)
 
 
@@ -124,7 +149,7 @@ def test_backward_allocates_one_buffer_and_forward_none(monkeypatch):
     logits = torch.randn(64, 4099, requires_grad=True)
     targets = torch.randint(0, 4099, (64,))
     size = logits.numel() * logits.element_size()
-    monkeypatch.setattr(module, "BLOCK_BYTES", size // 8)
+    monkeypatch.setattr(rows, "BLOCK_BYTES", size // 8)
 
     def large_allocations(function):
         with torch.profiler.profile(profile_memory=True) as profile:
@@ -136,24 +161,69 @@ def test_backward_allocates_one_buffer_and_forward_none(monkeypatch):
     _, backward = large_allocations(lambda: logps.sum().backward())
     assert forward == []
     assert len(backward) == 1
+    copy = logits * 1
+    logps = token_logps(copy, targets, inplace_backward=True)
+    _, backward = large_allocations(lambda: torch.autograd.grad(logps.sum(), copy))
+    assert backward == []
 
 
+def test_the_gradient_lies_in_the_memory_of_the_logits_where_allowed():
+    logits = torch.randn(2, 3, 11)
+    targets = torch.tensor([[0, -100, 10], [2, 2, -100]])
+    _, (expected,) = gradients(lambda x: token_logps(x, targets), [logits], torch.ones(2, 3))
+    for view in (logits.clone(), logits.transpose(0, 1).contiguous().transpose(0, 1)):
+        leaf = view.requires_grad_()
+        (grad,) = torch.autograd.grad(token_logps(leaf, targets, inplace_backward=True).sum(), leaf)
+        assert grad.data_ptr() == leaf.data_ptr()
+        assert torch.equal(grad, expected)
+    # A row that is there four times cannot hold four gradients.
+    row = torch.randn(11, requires_grad=True)
+    fill = torch.tensor([1, 2, 3, -100])
+    grads = [
+        torch.autograd.grad(token_logps(row.expand(4, 11), fill, inplace_backward=flag).sum(), row)[0]
+        for flag in (True, False)
+    ]
+    assert torch.equal(*grads)
+
+
+def test_of_equal_logits_the_first_is_the_top_one():
+    logits = torch.tensor([[3.0, 1.0, 3.0]]).expand(3, 3)
+    _, statistics = token_logps(logits, torch.tensor([0, 2, 1]), with_statistics=True)
+    assert statistics.is_top1.tolist() == [1.0, 0.0, 0.0]
+
+
+def test_entropy_of_large_logits_keeps_its_digits():
+    # log s - sum p x would subtract two numbers of 1e4, which are a thousandth apart in float32.
+    logits = torch.tensor([[1e4, 1e4 - 1, 1e4 - 3]])
+    exact = eager_statistics(logits.double(), torch.tensor([0]))
+    _, statistics = token_logps(logits, torch.tensor([0]), with_statistics=True)
+    torch.testing.assert_close(statistics.entropy.double(), exact[0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(statistics.log_sum_sq_probs.double(), exact[2], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [(None, 1.0, False, False), (5.0, 0.7, True, True)])
 @pytest.mark.parametrize("with_reference", [False, True])
-def test_opcheck(with_reference):
+def test_opcheck(with_reference, options):
     logits = torch.randn(2, 3, 7, requires_grad=True)
     reference = torch.randn(2, 3, 7) if with_reference else None
     targets = torch.tensor([[0, -100, 6], [2, 2, -100]])
-    torch.library.opcheck(module._sequence_logps, (logits, reference, targets, with_reference))
-    statistics = module._sequence_logps(logits, reference, targets, False)[2].detach()
-    backward = (torch.randn(2, 3), logits.detach(), targets, statistics)
+    arguments = (logits, reference, targets, *options, False)
+    torch.library.opcheck(module._sequence_logps, arguments)
+    row_numbers = module._sequence_logps(*arguments)[5].detach()
+    backward = (torch.randn(2, 3), torch.randn(2), logits.detach(), targets, row_numbers, *options[:2])
     torch.library.opcheck(module._sequence_logps_backward, backward)
+    torch.library.opcheck(module._sequence_logps_backward_, backward)
 
 
-def test_compiles_without_graph_break():
-    compiled = torch.compile(token_logps, fullgraph=True, backend="aot_eager")
+@pytest.mark.parametrize("inplace_backward", [False, True])
+def test_compiles_without_graph_break(inplace_backward):
+    def function(x, targets):
+        return token_logps(x * 2, targets, temperature=0.5, inplace_backward=inplace_backward)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     logits, targets = torch.randn(4, 9), torch.tensor([0, -100, 8, 3])
     ours, (grad,) = gradients(lambda x: compiled(x, targets), [logits], torch.ones(4))
-    eager, (eager_grad,) = gradients(lambda x: token_logps(x, targets), [logits], torch.ones(4))
+    eager, (eager_grad,) = gradients(lambda x: function(x, targets), [logits], torch.ones(4))
     assert torch.equal(ours, eager)
     assert torch.equal(grad, eager_grad)
 
@@ -176,6 +246,12 @@ def test_errors_name_the_argument(logits, targets, error, words):
         token_logps(logits, targets)
     assert words in str(caught.value)
     assert str(caught.value).count("\n") == 0
+
+
+@pytest.mark.parametrize(("option", "value"), [("logit_softcap", 0.0), ("temperature", -1.0)])
+def test_transforms_that_make_no_sense(option, value):
+    with pytest.raises(ValueError, match=f"{option} must be positive"):
+        token_logps(torch.zeros(2, 3), torch.tensor([0, 1]), **{option: value})
 
 
 @pytest.mark.parametrize("documented", [module, checks])

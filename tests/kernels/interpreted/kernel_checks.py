@@ -10,33 +10,42 @@ from numerics import (
     assert_within_contract,
     draw_targets,
     eager_linear_token_logps,
+    eager_statistics,
     eager_token_logps,
     gradients,
 )
 
-from bpo_fast import dpo_loss, linear_token_logps, token_logps
+from bpo_fast import dpo_loss, linear_token_logps, preference, token_logps
+from bpo_fast.kernels import heuristics
 from bpo_fast.kernels import sequence_logps as kernels
-from bpo_fast.ops import linear_token_logps as linear_op
+from bpo_fast.kernels import sigmoid_preference as preference_kernel
+from bpo_fast.ops import head_sweep
 from bpo_fast.ops import token_logps as logits_op
+from bpo_fast.ops.linear_token_logps import linear_logsumexp
+from bpo_fast.preference import LossConfig, sequence_preference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # The interpreter casts to bfloat16 towards zero, a GPU to nearest: one unit in the last place.
 BFLOAT16_CAST = {torch.bfloat16: 2**-7}
-# One column; a few; a whole block; one more than a block; three blocks, odd.
-VOCAB_SIZES = [1, 5, kernels.COLUMNS, kernels.COLUMNS + 1, 2 * kernels.COLUMNS + 907]
+# One column; a few; a whole tile of float32; one more than a tile; three tiles, odd.
+TILE = heuristics.row_launch(1, 10**6, 4, 0).columns
+VOCAB_SIZES = [1, 5, TILE, TILE + 1, 2 * TILE + 907]
 
 
 @pytest.fixture(autouse=True)
-def triton_path(monkeypatch):
+def processors(monkeypatch):
+    """Sends everything but float64 to the kernels; the fixture's value pretends a GPU with that many processors."""
     assert triton.knobs.runtime.interpret
-    for module in (logits_op, linear_op):
+    for module in (logits_op, head_sweep, preference):
         monkeypatch.setattr(module, "runs_in_triton", lambda tensor: tensor.dtype != torch.float64)
+    return lambda number: monkeypatch.setattr(logits_op, "num_processors", lambda tensor: number)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
 @pytest.mark.parametrize("scale", [1.0, 1e4])
-def test_token_logps(dtype, vocab_size, scale):
+@pytest.mark.parametrize("transform", [{}, {"logit_softcap": 30.0, "temperature": 0.7}], ids=["plain", "transformed"])
+def test_token_logps(dtype, vocab_size, scale, transform):
     generator = torch.Generator().manual_seed(vocab_size)
     logits = (torch.randn(2, 3, vocab_size, generator=generator) * scale).to(dtype)
     targets = draw_targets((2, 3), vocab_size, generator)
@@ -45,13 +54,58 @@ def test_token_logps(dtype, vocab_size, scale):
     removed[targets[targets != -100]] = False
     logits = logits.masked_fill(removed, float("-inf"))
     upstream = torch.randn(2, 3, generator=generator)
-    ours, (grad,) = gradients(lambda x: token_logps(x, targets), [logits], upstream)
-    plain, (plain_grad,) = gradients(lambda x: eager_token_logps(x, targets), [logits], upstream)
-    exact, (exact_grad,) = gradients(lambda x: eager_token_logps(x, targets), [logits.double()], upstream)
+    ours, (grad,) = gradients(lambda x: token_logps(x, targets, **transform), [logits], upstream)
+    plain, (plain_grad,) = gradients(lambda x: eager_token_logps(x, targets, **transform), [logits], upstream)
+    exact, (exact_grad,) = gradients(lambda x: eager_token_logps(x, targets, **transform), [logits.double()], upstream)
     assert_within_contract(ours, plain, exact)
     kept = targets != -100
     assert_within_contract(grad[kept], plain_grad[kept], exact_grad[kept], BFLOAT16_CAST.get(dtype, 0))
     assert not grad[~kept].any()
+    copy = logits.clone().requires_grad_()
+    logps = token_logps(copy, targets, inplace_backward=True, **transform)
+    (over,) = torch.autograd.grad((logps * upstream).sum(), copy)
+    assert over.data_ptr() == copy.data_ptr()
+    assert torch.equal(over, grad)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_statistics(dtype, vocab_size, scale):
+    generator = torch.Generator().manual_seed(vocab_size)
+    # Few different values, so that some of the largest are equal.
+    logits = (torch.randn(2, 3, vocab_size, generator=generator).mul(8).round() / 8 * scale).to(dtype)
+    targets = draw_targets((2, 3), vocab_size, generator)
+    logits[1] = logits[1].masked_fill(torch.rand(vocab_size, generator=generator) < 0.3, float("-inf"))
+    logits[1, :, targets[1].clamp(min=0)] = 0
+    targets[0, 1] = logits[0, 1].argmax()
+    logps, found = token_logps(logits, targets, with_statistics=True, temperature=0.9)
+    assert torch.equal(logps, token_logps(logits, targets, temperature=0.9))
+    plain, exact = (eager_statistics(x, targets, temperature=0.9) for x in (logits, logits.double()))
+    for values, plain_values, exact_values in zip(found, plain, exact, strict=True):
+        assert_within_contract(values, plain_values, exact_values)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab_size", [24 * TILE + 5, 40 * TILE])
+def test_a_row_in_parts(dtype, vocab_size, processors):
+    generator = torch.Generator().manual_seed(vocab_size)
+    logits, ref_logits = (torch.randn(2, 2, vocab_size, generator=generator).mul(4).to(dtype) for _ in range(2))
+    # A part of nothing but -inf has no maximum to count from.
+    logits[:, :, : 4 * TILE] = float("-inf")
+    targets = torch.tensor([[vocab_size - 1, -100], [vocab_size - 7, vocab_size - 9]])
+    whole = logits_op.sequence_logps(logits, ref_logits, targets, with_statistics=True)
+    assert heuristics.row_launch(8, vocab_size, logits.element_size(), 132).splits > 1
+    processors(132)
+    parts = logits_op.sequence_logps(logits, ref_logits, targets, with_statistics=True)
+    for ours, expected in zip((*parts[:4], *parts.statistics), (*whole[:4], *whole.statistics), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-6, atol=2e-6)
+    assert torch.equal(parts.num_tokens, whole.num_tokens)
+    again = logits_op.sequence_logps(logits, logits.clone(), targets)
+    assert torch.equal(again.token_logps, parts.token_logps)
+    assert torch.equal(again.ref_logps, again.logps)
+    alone = token_logps(logits, targets)
+    torch.testing.assert_close(alone, whole.token_logps, rtol=1e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -63,22 +117,45 @@ def test_policy_reference_and_sums_in_one_launch(dtype, num_tokens, monkeypatch)
     generator = torch.Generator().manual_seed(0)
     logits, ref_logits = ((torch.randn(4, num_tokens, 301, generator=generator) * 3).to(dtype) for _ in range(2))
     targets = draw_targets((4, num_tokens), 301, generator)
-    tokens, sums = logits_op.sequence_logps(logits, ref_logits, targets)
+    found = logits_op.sequence_logps(logits, ref_logits, targets)
     assert launches == [1]
-    for plane, source in enumerate((logits, ref_logits)):
+    results = ((logits, found.token_logps, found.logps), (ref_logits, found.ref_token_logps, found.ref_logps))
+    for source, tokens, sums in results:
         exact = eager_token_logps(source.double(), targets)
-        torch.testing.assert_close(tokens[plane].double(), exact, rtol=1e-6, atol=1e-5)
-        torch.testing.assert_close(sums[plane].double(), exact.sum(1), rtol=1e-6, atol=1e-5)
-    same_tokens, same_sums = logits_op.sequence_logps(logits, logits.clone(), targets)
-    assert torch.equal(same_tokens[0], same_tokens[1])
-    assert torch.equal(same_sums[0], same_sums[1])
+        torch.testing.assert_close(tokens.double(), exact, rtol=1e-6, atol=1e-5)
+        torch.testing.assert_close(sums.double(), exact.sum(1), rtol=1e-6, atol=1e-5)
+    assert torch.equal(found.num_tokens, (targets != -100).sum(1))
+    same = logits_op.sequence_logps(logits, logits.clone(), targets)
+    assert torch.equal(same.token_logps, same.ref_token_logps)
+    assert torch.equal(same.logps, same.ref_logps)
 
 
 def test_sequences_longer_than_one_block_of_the_sum(monkeypatch):
     monkeypatch.setattr(kernels, "TOKENS", 4)
     logits, targets = torch.randn(2, 11, 7), torch.randint(0, 7, (2, 11))
-    tokens, sums = logits_op.sequence_logps(logits, None, targets)
-    torch.testing.assert_close(sums[0], tokens[0].sum(1))
+    found = logits_op.sequence_logps(logits, None, targets)
+    torch.testing.assert_close(found.logps, found.token_logps.sum(1))
+
+
+@pytest.mark.parametrize("average_logps", [False, True])
+@pytest.mark.parametrize("with_reference", [False, True])
+@pytest.mark.parametrize("num_pairs", [1, 3, 9])
+def test_sigmoid_preference_is_the_loss_of_the_table(num_pairs, with_reference, average_logps, monkeypatch):
+    monkeypatch.setattr(preference_kernel, "PAIRS", 4)
+    generator = torch.Generator().manual_seed(num_pairs)
+    logps = torch.randn(2 * num_pairs, generator=generator) * 50
+    ref_logps = torch.randn(2 * num_pairs, generator=generator) * 50 if with_reference else None
+    num_tokens = torch.randint(0, 5, (2 * num_pairs,), generator=generator)
+    config = LossConfig(beta=0.3, label_smoothing=0.1, average_logps=average_logps)
+    results = []
+    # float64 goes through the table.
+    for dtype in (torch.float32, torch.float64):
+        leaf = logps.to(dtype).requires_grad_()
+        reference = None if ref_logps is None else ref_logps.to(dtype)
+        output = sequence_preference(leaf, reference, num_tokens, leaf, config)
+        results.append((output.loss, torch.autograd.grad(output.loss, leaf)[0], output.rejected_rewards))
+    for ours, exact in zip(*results, strict=True):
+        torch.testing.assert_close(ours.double(), exact.double(), rtol=1e-5, atol=1e-6)
 
 
 def test_dpo_loss_and_gradient():
@@ -114,42 +191,51 @@ def test_strides(view):
     torch.testing.assert_close(grad.double(), exact_grad, rtol=1e-6, atol=1e-6)
 
 
+def test_targets_that_are_a_view_at_an_odd_offset():
+    # Labels are often read one place further on: a view that is neither packed nor aligned to 16 bytes.
+    logits, labels = torch.randn(3, 6, 50), torch.randint(0, 50, (3, 7))
+    found = logits_op.sequence_logps(logits, None, labels[:, 1:])
+    torch.testing.assert_close(found.token_logps, eager_token_logps(logits, labels[:, 1:]), rtol=1e-5, atol=1e-5)
+
+
 def test_rows_beyond_two_to_the_31_elements():
     # The stride fits 32 bits, the third token's offset does not; only its own pages of the 4 GiB are ever touched.
     stride = 2**30 + 64
     logits = torch.empty(2 * stride + 32, dtype=torch.float16).as_strided((1, 3, 32), (stride, stride, 1))
     logits.copy_(torch.randn(1, 3, 32))
     targets = torch.tensor([[3, 31, 7]])
-    tokens, sums = logits_op.sequence_logps(logits, None, targets)
+    found = logits_op.sequence_logps(logits, None, targets)
     exact = eager_token_logps(logits.double(), targets)
-    torch.testing.assert_close(tokens[0].double(), exact, rtol=1e-6, atol=1e-5)
-    torch.testing.assert_close(sums[0].double(), exact.sum(1), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(found.token_logps.double(), exact, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(found.logps.double(), exact.sum(1), rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
-@pytest.mark.parametrize("options", ["plain", "bias and cap"])
+@pytest.mark.parametrize("options", ["plain", "everything"])
 def test_linear_token_logps(dtype, vocab_size, options, monkeypatch):
-    monkeypatch.setattr(linear_op, "SCRATCH_BYTES", 4 * vocab_size * 2)
+    monkeypatch.setattr(head_sweep, "_chunk_rows", lambda *_: 2)
     generator = torch.Generator().manual_seed(vocab_size)
-    inputs = [
-        torch.randn(5, 16, generator=generator).to(dtype),
-        torch.randn(vocab_size, 16, generator=generator).to(dtype),
-    ]
-    softcap = None
-    if options == "bias and cap":
-        inputs.append(torch.randn(vocab_size, generator=generator).to(dtype))
-        softcap = 5.0
+    shapes = [(5, 16), (vocab_size, 16)]
+    transform = {}
+    if options == "everything":
+        shapes += [(vocab_size,), (2, 16), (vocab_size, 2)]
+        transform = {"logit_softcap": 5.0, "temperature": 0.7}
+    inputs = [torch.randn(*shape, generator=generator).to(dtype) for shape in shapes]
     targets = draw_targets((5,), vocab_size, generator)
     targets[0] = vocab_size - 1
     upstream = torch.randn(5, generator=generator)
 
-    def eager(*tensors):
-        return eager_linear_token_logps(*tensors[:2], targets, tensors[2] if softcap else None, softcap)
+    def call(function, tensors, **keywords):
+        hidden, weight, *rest = tensors
+        keywords |= transform | ({"bias": rest[0], "lora": (*rest[1:], 0.5)} if rest else {})
+        return function(hidden, weight, targets, **keywords)
 
     def ours(*tensors):
-        bias = tensors[2] if softcap else None
-        return linear_token_logps(*tensors[:2], targets, bias=bias, logit_softcap=softcap)
+        return call(linear_token_logps, tensors)
+
+    def eager(*tensors):
+        return call(eager_linear_token_logps, tensors)
 
     logps, grads = gradients(ours, inputs, upstream)
     plain, plain_grads = gradients(eager, inputs, upstream)
@@ -159,6 +245,28 @@ def test_linear_token_logps(dtype, vocab_size, options, monkeypatch):
         assert_within_contract(grad, plain_grad, exact_grad, BFLOAT16_CAST.get(dtype, 0))
     with torch.no_grad():
         assert torch.equal(ours(*inputs), logps)
+    (_, found), (_, expected) = (
+        call(linear_token_logps, tensors, with_statistics=True) for tensors in (inputs, [x.double() for x in inputs])
+    )
+    # In 16 bits the adapter's own rows are rounded before the head sees them, in plain PyTorch as here.
+    tolerance = 1e-5 if dtype == torch.float32 or options == "plain" else 0.05
+    for position in (0, 2, 3):
+        torch.testing.assert_close(found[position].double(), expected[position], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_log_sum_exp_of_a_shard(dtype):
+    hidden, weight, upstream = torch.randn(3, 8).to(dtype), torch.randn(500, 8).to(dtype), torch.randn(3)
+
+    def eager(h, w):
+        return torch.logsumexp(h @ w.t(), -1)
+
+    ours, grads = gradients(linear_logsumexp, [hidden, weight], upstream)
+    plain, plain_grads = gradients(eager, [hidden, weight], upstream)
+    exact, exact_grads = gradients(eager, [hidden.double(), weight.double()], upstream)
+    assert_within_contract(ours, plain, exact)
+    for grad, plain_grad, exact_grad in zip(grads, plain_grads, exact_grads, strict=True):
+        assert_within_contract(grad, plain_grad, exact_grad, BFLOAT16_CAST.get(dtype, 0))
 
 
 def test_gradient_of_a_nearly_certain_target_is_not_rounded_to_zero():

@@ -1,0 +1,67 @@
+"""How a kernel over rows of logits is launched: a stated rule by shape and processor, no search at the first call.
+
+`python bench/tune.py` sweeps the choices on a GPU and says how far the rule is from the best of them.
+
+A row's bits depend on its tile, which depends on vocabulary, dtype and alignment, and on the number of parts it is
+split into. They must not depend on what else a launch is asked for: a policy whose statistics are wanted and a
+reference whose are not give a margin of exactly 0 where they are equal. So tiles are of one size, and a kernel that
+has registers to spare unrolls its loop instead, which reads further ahead in the same order.
+"""
+
+from typing import NamedTuple
+
+import triton
+
+# One access of 16 bytes a thread is a tile's share of a row.
+BYTES_PER_THREAD = 16
+MIN_WARPS, MAX_WARPS = 4, 8
+# Tiles read at once. Two keep 32 bytes a thread on their way: on a multiprocessor with 1,024 threads at work 32 KB,
+# more than latency times bandwidth of an H100 asks of one (18 KB). One where a kernel keeps many more numbers a column
+# or a lane, so that its registers leave room for more threads: statistics, and gradients through a softcap or of
+# columns that lie apart.
+UNROLL, HEAVY_UNROLL = 2, 1
+# Programs that a multiprocessor should have to work on before rows are worth splitting.
+PROGRAMS_PER_PROCESSOR = 4
+# A part of a row is at least this many tiles: below, merging the parts costs what splitting them saves.
+TILES_PER_SPLIT = 4
+MAX_SPLITS = 64
+# Tiles of a row that one program of the backward pass goes over, so that it loads the row's numbers once for them.
+BACKWARD_TILES = 8
+
+
+class RowLaunch(NamedTuple):
+    """Columns of a tile and of a lane; whether a lane's lie apart; tiles read at once; warps; programs to a row."""
+
+    columns: int
+    vector: int
+    interleaved: bool
+    unroll: int
+    num_warps: int
+    splits: int
+
+
+def is_aligned(logits):
+    """Whether all rows of logits [..., V] can be read 16 bytes at a time, as Triton's compiler is told of them."""
+    numbers = (logits.shape[-1], *logits.stride()[:-1])
+    return logits.data_ptr() % 16 == 0 and all(number % 16 == 0 for number in numbers)
+
+
+def row_launch(num_rows, vocab_size, element_size, num_processors, *, heavy=False, aligned=True):
+    """The launch for `num_rows` rows (policy's and reference's together) of `vocab_size` logits.
+
+    >>> row_launch(8192, 32064, 2, 132)
+    RowLaunch(columns=2048, vector=8, interleaved=False, unroll=2, num_warps=8, splits=1)
+    >>> row_launch(1, 128256, 2, 132).splits
+    8
+    >>> row_launch(1, 100, 4, 132, heavy=True, aligned=False)
+    RowLaunch(columns=512, vector=4, interleaved=True, unroll=1, num_warps=4, splits=1)
+    """
+    vector = BYTES_PER_THREAD // element_size
+    narrowest, widest = MIN_WARPS * 32 * vector, MAX_WARPS * 32 * vector
+    columns = min(widest, max(narrowest, triton.next_power_of_2(vocab_size)))
+    tiles = -(-vocab_size // columns)
+    wanted = -(-PROGRAMS_PER_PROCESSOR * num_processors // max(1, num_rows))
+    most = min(wanted, tiles // TILES_PER_SPLIT, MAX_SPLITS)
+    # A power of two, rounded down: the parts are merged in one block of that width.
+    splits = 1 << (most.bit_length() - 1) if most > 1 else 1
+    return RowLaunch(columns, vector, not aligned, HEAVY_UNROLL if heavy else UNROLL, columns // vector // 32, splits)

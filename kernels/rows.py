@@ -1,0 +1,134 @@
+"""One row of logits read once: its log-sum-exp and, where asked for, its entropy and what else is logged of it.
+
+`bpo_fast/ops/rows.py` is the same in PyTorch, for the CPU. Numerics contract: everything is float32. A row is
+described by its maximum m and the log of s = sum exp(x - m), never by their sum: log p_y = (x_y - m) - log s keeps its
+digits when logits are 1e4, where m + log s has already lost three of them. The order of every sum is fixed by the
+sizes of the launch, so equal inputs give equal bits.
+
+A tile of columns is [lanes, VECTOR]. A lane lies in one thread and keeps a state of its own, so within the loop over a
+row no thread waits for another, and the running sum is rescaled once a lane, not once a logit. Where rows begin at
+multiples of 16 bytes a lane is one access of 16 bytes; elsewhere it is single columns (INTERLEAVED), each access of a
+warp being a run of columns.
+"""
+
+import triton
+import triton.language as tl
+
+# exp underflows far above this; p log p is 0 at a probability of 0, also where the logit is -inf.
+LOWEST_SHIFTED = tl.constexpr(-200.0)
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def exponential(x):
+    """exp(x) for x <= 0 by one multiplication and MUFU.EX2, the result flushed to 0 below 2^-126.
+
+    tl.exp keeps such results, at the price of a comparison and two multiplications more for each.
+    """
+    return tl.exp2(x * LOG2_E)
+
+
+@triton.jit
+def tile_columns(COLUMNS: tl.constexpr, VECTOR: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Column numbers of a tile, [COLUMNS / VECTOR, VECTOR]."""
+    lanes = tl.arange(0, COLUMNS // VECTOR)[:, None]
+    places = tl.arange(0, VECTOR)[None, :]
+    if INTERLEAVED:
+        return places * (COLUMNS // VECTOR) + lanes
+    return lanes * VECTOR + places
+
+
+@triton.jit
+def final_logits(x, bias, columns, inside, softcap, inverse_temperature, HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE):
+    """The logits that the softmax sees, softcap * tanh((x + bias) / softcap) / temperature, and their slope in x.
+
+    Columns that are not `inside` stay -inf.
+    """
+    slope = tl.full(x.shape, 1.0, tl.float32)
+    if HAS_BIAS:
+        x += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+    if HAS_SOFTCAP:
+        # tanh with the exponential of a negative number only: no overflow, and an error of 1e-7 of the cap.
+        decay = exponential(-2.0 * tl.abs(x / softcap))
+        t = tl.where(x < 0, -1.0, 1.0) * (1.0 - decay) / (1.0 + decay)
+        slope = 1.0 - t * t
+        x = tl.where(inside, softcap * t, float("-inf"))
+    if HAS_TEMPERATURE:
+        x *= inverse_temperature
+        slope *= inverse_temperature
+    return x, slope
+
+
+@triton.jit
+def empty_state(SIZE: tl.constexpr):
+    """The state of SIZE lanes that have seen nothing.
+
+    (maximum m, sum e, sum e (x - m), sum e^2, sum x, maximum left of the target), with e = exp(x - m).
+    """
+    lowest = tl.full([SIZE], float("-inf"), tl.float32)
+    zero = tl.zeros([SIZE], tl.float32)
+    return lowest, zero, zero, zero, zero, lowest
+
+
+@triton.jit
+def accumulate(state, x, columns, inside, start, target, WITH_STATISTICS: tl.constexpr):
+    """`state` with the tile x [lanes, VECTOR] of columns start, start + 1, ... taken in.
+
+    Columns that are not `inside` the vocabulary hold -inf; target is an int32.
+    """
+    lane_max, lane_sum, lane_dot, lane_square, lane_total, lane_before = state
+    tile_max = tl.max(x, axis=1)
+    new_max = tl.maximum(lane_max, tile_max)
+    # -inf - -inf is NaN: a lane that has seen nothing but -inf counts from 0.
+    base = tl.where(new_max == float("-inf"), 0.0, new_max)
+    shifted = x - base[:, None]
+    e = exponential(shifted)
+    scale = exponential(lane_max - base)
+    if WITH_STATISTICS:
+        drop = tl.where(lane_max == float("-inf"), 0.0, lane_max - base)
+        lane_dot = (lane_dot + drop * lane_sum) * scale + tl.sum(e * tl.maximum(shifted, LOWEST_SHIFTED), axis=1)
+        lane_square = lane_square * scale * scale + tl.sum(e * e, axis=1)
+        lane_total += tl.sum(tl.where(inside, x, 0.0), axis=1)
+        # Only the tile that holds the target has to look at single columns.
+        if start + x.numel <= target:
+            lane_before = tl.maximum(lane_before, tile_max)
+        elif start < target:
+            lane_before = tl.maximum(lane_before, tl.max(tl.where(columns < target, x, float("-inf")), axis=1))
+    lane_sum = lane_sum * scale + tl.sum(e, axis=1)
+    return new_max, lane_sum, lane_dot, lane_square, lane_total, lane_before
+
+
+@triton.jit
+def merge(state, WITH_STATISTICS: tl.constexpr):
+    """The states of many lanes, or of many parts of a row, as one: six scalars."""
+    lane_max, lane_sum, lane_dot, lane_square, lane_total, lane_before = state
+    row_max = tl.max(lane_max, axis=0)
+    base = tl.where(row_max == float("-inf"), 0.0, row_max)
+    scale = exponential(lane_max - base)
+    row_sum = tl.sum(lane_sum * scale, axis=0)
+    row_dot = 0.0
+    row_square = 0.0
+    row_total = 0.0
+    row_before = float("-inf")
+    if WITH_STATISTICS:
+        drop = tl.where(lane_max == float("-inf"), 0.0, lane_max - base)
+        row_dot = tl.sum((lane_dot + drop * lane_sum) * scale, axis=0)
+        row_square = tl.sum(lane_square * scale * scale, axis=0)
+        row_total = tl.sum(lane_total, axis=0)
+        row_before = tl.max(lane_before, axis=0)
+    return row_max, row_sum, row_dot, row_square, row_total, row_before
+
+
+@triton.jit
+def store_statistics(out, row, stride, state, target_logit, vocab_size):
+    """entropy, is_top1, log sum p^2 and mean logit of one row into out [4, rows], as `TokenStatistics` orders them.
+
+    entropy = -sum p log p = log s - (sum e (x - m)) / s. As for argmax, of equal logits the first is the top one.
+    """
+    row_max, row_sum, row_dot, row_square, row_total, row_before = state
+    log_sum = tl.log(row_sum)
+    is_top1 = (target_logit >= row_max) & (target_logit > row_before)
+    tl.store(out + row, log_sum - row_dot / row_sum)
+    tl.store(out + stride + row, is_top1.to(tl.float32))
+    tl.store(out + 2 * stride + row, tl.log(row_square) - 2.0 * log_sum)
+    tl.store(out + 3 * stride + row, row_total / vocab_size)
