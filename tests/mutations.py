@@ -1,0 +1,176 @@
+"""Takes the fix of each known error out again and sees its regression test fail: `python tests/mutations.py`.
+
+The errors are ones that public kernels and trainers have had. Each runs in a copy of the source tree, which is left
+alone; a test that passes without its fix ends the script with code 1.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+INTERPRETED = "tests/kernels/interpreted/kernel_checks.py"
+COPIED = ("bpo_fast", "kernels", "recipes", "tests", "examples", "pyproject.toml")
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """In `file`, `fixed` becomes `broken`; then `test` must fail."""
+
+    error: str
+    file: str
+    fixed: str
+    broken: str
+    test: str
+
+
+MUTATIONS = [
+    Mutation(
+        "true-class gradient rounded before the -1 (Triton)",
+        "kernels/sequence_logps.py",
+        "tl.where(columns == target.to(tl.int32), 1.0 - p, -p) * grad",
+        "tl.where(columns == target.to(tl.int32), 1.0 - p.to(tl.bfloat16).to(tl.float32), -p) * grad",
+        f"{INTERPRETED}::test_gradient_of_a_nearly_certain_target_is_not_rounded_to_zero",
+    ),
+    Mutation(
+        "true-class gradient rounded before the -1 (PyTorch)",
+        "bpo_fast/ops/token_logps.py",
+        "rows.exp_().mul_(-scale / log_sum.exp())",
+        "rows.exp_().mul_(-scale / log_sum.exp()).copy_(rows.to(logits.dtype))",
+        "tests/ops/test_token_logps.py::test_gradient_of_a_nearly_certain_target_is_not_rounded_to_zero",
+    ),
+    Mutation(
+        "columns past the vocabulary add exp(0)",
+        "kernels/sequence_logps.py",
+        'x = tl.load(logits + columns, mask=inside, other=float("-inf"))',
+        "x = tl.load(logits + columns, mask=inside, other=0.0)",
+        f"{INTERPRETED}::test_token_logps",
+    ),
+    Mutation(
+        "columns past the vocabulary add exp(0) (from hidden states)",
+        "kernels/unit_gradient.py",
+        '        x = tl.load(source + columns, mask=inside, other=float("-inf"))\n        x, _slope',
+        "        x = tl.load(source + columns, mask=inside, other=0.0)\n        x, _slope",
+        f"{INTERPRETED}::test_linear_token_logps",
+    ),
+    Mutation(
+        "row offsets of 32 bits",
+        "kernels/sequence_logps.py",
+        "    row = tl.program_id(0).to(tl.int64)\n    plane",
+        "    row = tl.program_id(0)\n    plane",
+        f"{INTERPRETED}::test_rows_beyond_two_to_the_31_elements",
+    ),
+    Mutation(
+        "labels read as if they were packed and aligned",
+        "bpo_fast/ops/token_logps.py",
+        "        targets.contiguous(),\n",
+        "        targets,\n",
+        f"{INTERPRETED}::test_targets_that_are_a_view_at_an_odd_offset",
+    ),
+    Mutation(
+        "a result that changes with the chunk (gradient of the head)",
+        "bpo_fast/ops/head_products.py",
+        "_multiply(gradient.t(), hidden.to(gradient.dtype), grad_weight, add=True)",
+        "_multiply(gradient.t(), hidden.to(gradient.dtype), grad_weight, add=False)",
+        "tests/ops/test_linear_token_logps.py::test_the_chunk_changes_nothing_beyond_rounding",
+    ),
+    Mutation(
+        "a result that changes with the chunk (mean over each)",
+        "bpo_fast/ops/head_sweep.py",
+        "rows[chunk] = times_head(gradient, weight)",
+        "rows[chunk] = times_head(gradient, weight) / len(gradient)",
+        "tests/ops/test_linear_token_logps.py::test_the_chunk_changes_nothing_beyond_rounding",
+    ),
+    Mutation(
+        "the loss stuck at ln 2",
+        "bpo_fast/ops/head_sweep.py",
+        "grads[0] = (grad[:, None] * rows).to(ctx.hidden_dtype)",
+        "grads[0] = torch.zeros_like(rows, dtype=ctx.hidden_dtype)",
+        "tests/test_losses.py::test_loss_leaves_ln_2_when_trained",
+    ),
+    Mutation(
+        "the first loss not ln 2 (dropout left on)",
+        "bpo_fast/trainer.py",
+        "        if args.disable_dropout:\n",
+        "        if False:\n",
+        "tests/test_trainer.py::test_the_first_step_is_ln_2_with_margins_of_zero",
+    ),
+    Mutation(
+        "the first loss not ln 2 (reference in another precision)",
+        "bpo_fast/ops/head_sweep.py",
+        "    both[:count], both[half : half + count] = hidden, ref_hidden\n",
+        "    both[:count], both[half : half + count] = hidden, ref_hidden.half()\n",
+        "tests/test_losses.py::test_policy_equal_to_reference_gives_ln_2_and_margins_of_exactly_zero",
+    ),
+    Mutation(
+        "image tokens off by one",
+        "bpo_fast/collator.py",
+        "torch.nonzero(packing.input_ids == self.image_token_id).flatten()",
+        "torch.nonzero(packing.input_ids == self.image_token_id).flatten() + 1",
+        "tests/test_trainer.py::test_parity_with_trl",
+    ),
+    Mutation(
+        "image tokens miscounted without a word",
+        "bpo_fast/model.py",
+        "        if len(image_features) != len(image_rows):\n",
+        "        if False:\n",
+        "tests/test_model.py::test_image_rows_that_do_not_match_are_named",
+    ),
+]
+
+
+def run(mutation, tree):
+    """Whether the mutation's test passes in `tree`, once with its fix and once without."""
+    path = tree / mutation.file
+    text = path.read_text()
+    results = []
+    for source in (text, text.replace(mutation.fixed, mutation.broken)):
+        path.write_text(source)
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        if mutation.test.startswith(INTERPRETED):
+            environment["TRITON_INTERPRET"] = "1"
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", mutation.test]
+        done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+        # Code 1 is a failed test and a negative one a crash, as of an address that wrapped; 2 and more: no test ran.
+        if done.returncode > 1:
+            raise RuntimeError(f"{mutation.test} did not run:\n{done.stdout[-3000:]}{done.stderr[-1000:]}")
+        results.append(done.returncode == 0)
+    path.write_text(text)
+    return results
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--match", default="", help="only errors whose name holds this text")
+    options = parser.parse_args(arguments)
+    chosen = [mutation for mutation in MUTATIONS if options.match in mutation.error]
+    width = max(len(mutation.error) for mutation in chosen)
+    silent = 0
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder)
+        for name in COPIED:
+            source = ROOT / name
+            if source.is_dir():
+                shutil.copytree(source, tree / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(source, tree / name)
+        for number, mutation in enumerate(chosen, start=1):
+            start = time.perf_counter()
+            with_fix, without = run(mutation, tree)
+            good = with_fix and not without
+            silent += not good
+            verdict = "passes with its fix, fails without" if good else f"with fix {with_fix}, without {without}"
+            seconds = time.perf_counter() - start
+            print(f"[{number}/{len(chosen)}] {mutation.error:<{width}}  {verdict}  ({seconds:.0f} s)", flush=True)
+    print(f"{len(chosen)} errors, {silent} not caught")
+    return 1 if silent else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
