@@ -1,209 +1,270 @@
 """Time and memory of the losses beside their peers: `python bench/kernels.py` prints tables, writes JSON and a chart.
 
-One DPO step on one pair, forward and backward, reference live, every candidate on the same tensors in one interleaved
-run; peak memory of each in a fresh process. Two levels: `linear_dpo_loss` from hidden states (peers: eager PyTorch and
-Liger's chunked DPO, which always makes the head's gradient, so ours and eager are timed with a trained head too), and
-`dpo_loss` from logits (peer: eager PyTorch). The floor is the bare matrix products of the linear level.
+Every candidate of a job works on the same tensors in one interleaved run; its loss and gradient are compared with
+plain PyTorch's in float32, and a candidate that differs by more than the tolerance is marked. Extra peak memory is
+that of one step in a fresh process, after one of toy size has brought in what is imported at first use, and for
+candidates that compile after one of full size, so that no compiler's memory is counted. `--sweep` measures
+linear_dpo_loss over tokens and over vocabulary instead. What is measured is kept as it comes: a run that is given
+again after being killed goes on behind its last whole job.
 """
 
 import argparse
+import ctypes
 import sys
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+from kernel_levels import DPO, EAGER, FLOOR, LINEAR_DPO, LINEAR_LOGPS, OURS, TOLERANCE, decode_level
+from kernel_plots import plot_levels, plot_sweep
 from measure import RESULTS, environment, extra_peak, interleaved, peak_memory, summary, write_json
+from partial import Partial
+from tqdm import tqdm
 
-import bpo_fast
-
-BETA = 0.1
-LINEAR = ("bpo_fast", "eager", "bpo_fast, trained head", "eager, trained head", "Liger, trained head")
-LOGITS = ("bpo_fast from logits", "eager from logits")
-FLOOR = "floor: bare products"
-FLOOR_TOKENS = 512
+TOY = {"tokens": 16, "policy_tokens": 16, "hidden_size": 16, "vocab_size": 64, "logits_shape": [2, 8, 64]}
+SWEEP = (OURS, EAGER, "TRL fused head", "Liger DPO, trained head")
 
 
-def eager_sequence_logps(logits, targets):
-    logps = F.log_softmax(logits.float(), dim=-1).gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
-    return logps.masked_fill(targets == -100, 0).sum(-1)
+def levels_of(options):
+    """name -> Level, in the order in which they are measured."""
+    found = [LINEAR_DPO, LINEAR_LOGPS, DPO, *map(decode_level, options.decode_rows)]
+    return {level.name: level for level in found}
 
 
-def eager_dpo(logits, ref_logits, labels):
-    """DPO as it is written by hand: shift, log-softmax of all logits, gather, sum."""
-    targets = labels[:, 1:]
-    with torch.no_grad():
-        ref = eager_sequence_logps(ref_logits()[:, :-1], targets)
-    chosen, rejected = (eager_sequence_logps(logits()[:, :-1], targets) - ref).chunk(2)
-    return -F.logsigmoid(BETA * (chosen - rejected)).mean()
+def differences(result, reference):
+    """(loss, gradient) error of a result: relative, of losses below 1 absolute; None if there is no gradient."""
+    (loss, gradient), (ref_loss, ref_gradient) = result, reference
+    loss_error = (loss.double() - ref_loss.double()).abs().item() / max(1.0, abs(ref_loss.item()))
+    if ref_gradient is None:
+        return loss_error, None
+    distance = torch.linalg.vector_norm(gradient.float() - ref_gradient.float())
+    return loss_error, (distance / torch.linalg.vector_norm(ref_gradient.float())).item()
 
 
-def make_steps(options, names):
-    """name -> one training step without arguments; steps return the loss. The tensors behind them are made here."""
-    generator = torch.Generator(options.device).manual_seed(0)
-
-    def random(*shape, scale=1.0):
-        values = torch.randn(shape, generator=generator, device=options.device) * scale
-        return values.to(getattr(torch, options.dtype))
-
-    tokens, vocab_size = options.tokens // 2, options.vocab_size
-    labels = torch.randint(0, vocab_size, (2, tokens), generator=generator, device=options.device)
-    labels[:, : tokens - int(tokens * options.response_fraction)] = -100
-    steps = {}
-    if FLOOR in names or set(names) & set(LINEAR):
-        hidden = random(2, tokens, options.hidden_size).requires_grad_()
-        ref_hidden = random(2, tokens, options.hidden_size)
-        head = random(vocab_size, options.hidden_size, scale=options.hidden_size**-0.5)
-
-        def linear(function, trained):
-            def step():
-                hidden.grad = None
-                weight = head.detach().requires_grad_(trained)
-                loss = function(weight)
-                loss.backward()
-                return loss.item()
-
-            return step
-
-        def ours(weight):
-            return bpo_fast.linear_dpo_loss(hidden, weight, labels, ref_hidden=ref_hidden, beta=BETA).loss
-
-        def eager(weight):
-            return eager_dpo(lambda: hidden @ weight.t(), lambda: ref_hidden @ weight.t(), labels)
-
-        liger_loss = LigerFusedLinearDPOLoss(beta=BETA)
-
-        def liger(weight):
-            targets = F.pad(labels[:, 1:], (0, 1), value=-100)
-            return liger_loss(weight, hidden, targets, ref_input=ref_hidden, ref_weight=weight)[0]
-
-        def floor():
-            rows = hidden.detach().flatten(0, 1)[: int((labels[:, 1:] != -100).sum())]
-            for chunk in rows.split(FLOOR_TOKENS):
-                chunk @ head.t()
-                chunk @ head.t() @ head
-
-        steps = {
-            "bpo_fast": linear(ours, False),
-            "eager": linear(eager, False),
-            "bpo_fast, trained head": linear(ours, True),
-            "eager, trained head": linear(eager, True),
-            "Liger, trained head": linear(liger, True),
-            FLOOR: floor,
-        }
-    if set(names) & set(LOGITS):
-        logits = random(2, tokens, vocab_size).requires_grad_()
-        ref_logits = random(2, tokens, vocab_size)
-
-        def from_logits(function):
-            def step():
-                logits.grad = None
-                loss = function()
-                loss.backward()
-                return loss.item()
-
-            return step
-
-        steps |= {
-            "bpo_fast from logits": from_logits(
-                lambda: bpo_fast.dpo_loss(logits, labels, ref_logits=ref_logits, beta=BETA).loss
-            ),
-            "eager from logits": from_logits(lambda: eager_dpo(lambda: logits, lambda: ref_logits, labels)),
-        }
-    return {name: steps[name] for name in names}
+def reference_of(level, problem):
+    """(loss, gradient) of plain PyTorch in float32 on the same values."""
+    return level.candidate(EAGER).make(problem.in_float32())()
 
 
-def measure_level(options, names, baseline, arguments):
-    """Table rows of candidates that share their tensors: losses, seconds, extra peak bytes, ratios to baseline."""
-    steps = make_steps(options, names)
-    losses = {name: step() for name, step in steps.items()}
-    samples = interleaved(steps, options.warmup, options.repeats)
-    del steps
-    rows = {}
+def first_steps(level, candidates, problem, options, rows):
+    """Fill `rows` with what each candidate's first step gives, and return name -> step of those that run here."""
+    reference = reference_of(level, problem)
+    tolerance, steps = TOLERANCE[options.dtype], {}
+    for candidate in candidates:
+        reason = candidate.missing(options.device)
+        if reason is None:
+            try:
+                step = candidate.make(problem)
+                result = step()
+            except Exception as error:  # out of memory, or a peer that does not support the shape: said in the table
+                first_line = (str(error).splitlines() or [""])[0]
+                reason = f"failed: {type(error).__name__}: {first_line}"[:200]
+        if reason is not None:
+            rows[candidate.name] = {"missing": reason}
+            continue
+        steps[candidate.name] = step
+        rows[candidate.name] = row = {"trains_head": candidate.trains_head}
+        if not candidate.is_floor:
+            row["loss"] = result[0].item()
+            row["loss_error"], row["gradient_error"] = differences(result, reference)
+            row["agrees"] = max(row["loss_error"], row["gradient_error"] or 0.0) <= tolerance
+        del result
+    return steps
+
+
+def quartiles(samples):
+    """First and third quartile."""
+    return torch.quantile(torch.tensor(samples, dtype=torch.float64), torch.tensor([0.25, 0.75]).double()).tolist()
+
+
+def repeated(step, calls):
+    def run():
+        for _ in range(calls):
+            step()
+
+    return run
+
+
+def measure(level, candidates, options, arguments, progress):
+    """Rows of one job: name -> loss, errors, seconds, spread, extra peak bytes, ratios; or why it is missing."""
+    problem, rows = level.problem(options), {}
+    steps = first_steps(level, candidates, problem, options, rows)
+    progress.update(len(rows))
+    steps = {name: repeated(step, level.calls) for name, step in steps.items()}
+    samples = {name: [] for name in steps}
+    names = list(steps)
+    for repeat in range(options.warmup + options.repeats):
+        shift = repeat % max(1, len(names))
+        order = names[shift:] + names[:shift]
+        for name, seconds in interleaved({name: steps[name] for name in order}, warmup=0, repeats=1).items():
+            if repeat >= options.warmup:
+                samples[name].append(seconds[0] / level.calls)
+        progress.update(len(names))
+    del steps, problem
+    if options.device == "cuda":
+        torch.cuda.empty_cache()
     for name in names:
-        rows[name] = {"loss": losses[name], "seconds": samples[name], **summary(samples[name])}
-        rows[name]["peak_bytes"] = None if name == FLOOR else peak_memory(__file__, *arguments, "--peak", name)
-    for row in rows.values():
-        row["time_ratio"] = row["median"] / rows[baseline]["median"]
-        row["peak_ratio"] = row["peak_bytes"] and row["peak_bytes"] / rows[baseline]["peak_bytes"]
+        rows[name] |= {"seconds": samples[name], **summary(samples[name]), "quartiles": quartiles(samples[name])}
+        if level.with_peak and name != FLOOR:
+            rows[name]["peak_bytes"] = peak_memory(__file__, *arguments, "--peak", level.name, name)
+            progress.update()
+    for row in (rows[name] for name in names):
+        for key, ratio in (("median", "time_ratio"), ("peak_bytes", "peak_ratio")):
+            if rows[EAGER].get(key) and row.get(key) is not None:
+                row[ratio] = row[key] / rows[EAGER][key]
+        if rows.get(FLOOR, {}).get("median"):
+            row["floor_ratio"] = row["median"] / rows[FLOOR]["median"]
     return rows
 
 
-def print_table(rows, baseline):
-    print(f"{'':<26}{'median s':>10}{'min':>8}{'max':>8}{'x ' + baseline:>20}{'peak MiB':>10}{'x':>8}{'loss':>11}")
-    for name, row in rows.items():
-        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}"
-        share = "" if row["peak_ratio"] is None else f"{row['peak_ratio']:.3f}"
-        loss = "" if row["loss"] is None else f"{row['loss']:.6f}"
-        times = f"{row['median']:>10.3f}{row['min']:>8.3f}{row['max']:>8.3f}{row['time_ratio']:>20.2f}"
-        print(f"{name:<26}{times}{peak:>10}{share:>8}{loss:>11}")
+def steps_of(level, candidates, options):
+    """How many progress steps one job takes: a first step, the timed ones and a peak for each candidate that runs."""
+    runs = [candidate for candidate in candidates if candidate.missing(options.device) is None]
+    peaks = sum(not candidate.is_floor for candidate in runs) if level.with_peak else 0
+    return len(candidates) + len(runs) * (options.warmup + options.repeats) + peaks
 
 
-def plot(path, levels):
-    import matplotlib
+def print_peak(options):
+    level_name, name = options.peak
+    level = levels_of(options)[level_name]
+    candidate = level.candidate(name)
+    candidate.make(level.problem(argparse.Namespace(**{**vars(options), **TOY})))()
+    step = candidate.make(level.problem(options))
+    if candidate.compiles:
+        step()
+        # What the first step left with the C allocator would hide the second one's memory.
+        ctypes.CDLL(None).malloc_trim(0)
+    print(extra_peak(step, options.device))
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(
-        len(levels), 2, figsize=(11, 1.2 + 0.45 * sum(map(len, levels.values()))), squeeze=False
+def time_words(seconds):
+    return f"{seconds:.3f} s" if seconds >= 0.1 else f"{1e3 * seconds:.3f} ms"
+
+
+def print_table(level):
+    print(f"\n{level['what']}: {level['shape']}")
+    print(
+        f"{'':<38}{'median':>12}{'quartiles':>28}{'min':>12}{'max':>12}{'x eager':>9}{'x floor':>9}{'peak MiB':>10}"
+        f"{'x':>8}{'loss':>14}"
     )
-    for (title, rows), (time_axis, peak_axis) in zip(levels.items(), axes, strict=True):
-        names = list(rows)[::-1]
-        colours = ["#1b6ca8" if name.startswith("bpo_fast") else "#b8b8b8" for name in names]
-        bars = time_axis.barh(names, [rows[name]["median"] for name in names], color=colours)
-        time_axis.bar_label(bars, fmt="%.2f", padding=3)
-        time_axis.set_title(f"{title}: seconds a step (median)")
-        bars = peak_axis.barh(names, [(rows[name]["peak_bytes"] or 0) / 2**20 for name in names], color=colours)
-        peaks = [rows[name]["peak_bytes"] for name in names]
-        peak_axis.bar_label(bars, ["" if peak is None else f"{peak / 2**20:.0f}" for peak in peaks], padding=3)
-        peak_axis.set_title(f"{title}: extra peak memory, MiB")
-        peak_axis.set_yticklabels([])
-        for axis in (time_axis, peak_axis):
-            axis.spines[["top", "right"]].set_visible(False)
-            axis.margins(x=0.15)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    for name, row in level["rows"].items():
+        if "missing" in row:
+            print(f"{name:<38}{row['missing']}")
+            continue
+        low, high = time_words(row["quartiles"][0]), time_words(row["quartiles"][1])
+        words = [time_words(row["median"]), f"{low} - {high}", time_words(row["min"]), time_words(row["max"])]
+        ratios = [f"{row[key]:.2f}" if key in row else "" for key in ("time_ratio", "floor_ratio")]
+        peak = f"{row['peak_bytes'] / 2**20:.0f}" if "peak_bytes" in row else ""
+        share = f"{row['peak_ratio']:.3f}" if "peak_ratio" in row else ""
+        loss = f"{row['loss']:.6f}" if "loss" in row else ""
+        print(
+            f"{name:<38}{words[0]:>12}{words[1]:>28}{words[2]:>12}{words[3]:>12}{ratios[0]:>9}{ratios[1]:>9}{peak:>10}"
+            f"{share:>8}{loss:>14}{'' if row.get('agrees', True) else difference_words(row)}"
+        )
+
+
+def difference_words(row):
+    gradient = "" if row["gradient_error"] is None else f", gradient by {row['gradient_error']:.1e}"
+    return f"  DIFFERS: loss by {row['loss_error']:.1e}{gradient}"
+
+
+def run_jobs(jobs, options, output, settings, found_environment):
+    """Measure jobs {key: (level, candidates, options, arguments)}, keeping each result as it comes.
+
+    Returns {key: result} and the `Partial` that kept them.
+    """
+    partial = Partial(output, settings, found_environment)
+    done = partial.load()
+    todo = {key: job for key, job in jobs.items() if key not in done}
+    total = sum(steps_of(level, candidates, there) for level, candidates, there, _ in todo.values())
+    with tqdm(total=total, unit="step", desc="kernels", mininterval=1) as progress:
+        for key, (level, candidates, job_options, arguments) in todo.items():
+            progress.set_description(key)
+            rows = measure(level, candidates, job_options, arguments, progress)
+            done[key] = {"what": level.what, "shape": level.shape(job_options), "rows": rows}
+            partial.save(done)
+    return {key: done[key] for key in jobs}, partial
+
+
+def level_jobs(options, arguments):
+    """The jobs of a plain run: every chosen level with all its candidates."""
+    return {
+        name: (level, level.candidates, options, arguments)
+        for name, level in levels_of(options).items()
+        if options.levels is None or name.startswith(tuple(options.levels))
+    }
+
+
+def sweep_jobs(options, arguments):
+    """The jobs of a sweep: linear_dpo_loss at each number of tokens, then at each size of the vocabulary."""
+    points = [("tokens", tokens, options.sweep_vocab_size) for tokens in options.sweep_tokens]
+    points += [("vocabulary", options.sweep_fixed_tokens, size) for size in options.sweep_vocabularies]
+    jobs = {}
+    for axis, tokens, vocab_size in points:
+        there = argparse.Namespace(**{**vars(options), "tokens": tokens, "vocab_size": vocab_size})
+        extra = ["--tokens", str(tokens), "--vocab-size", str(vocab_size)]
+        candidates = tuple(LINEAR_DPO.candidate(name) for name in SWEEP)
+        value = tokens if axis == "tokens" else vocab_size
+        jobs[f"{axis} {value}"] = (LINEAR_DPO, candidates, there, [*arguments, *extra])
+    return jobs
 
 
 def parse(arguments):
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
-    parser.add_argument("--dtype", default="bfloat16" if cuda else "float32")
-    parser.add_argument("--tokens", type=int, default=2048, help="tokens of the chosen and rejected row together")
-    parser.add_argument("--hidden-size", type=int, default=4096 if cuda else 1024)
-    parser.add_argument("--vocab-size", type=int, default=128256)
-    parser.add_argument(
-        "--logits-vocab-size", type=int, default=128256 if cuda else 32064, help="for the logits level"
+    add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
+    add("--dtype", choices=tuple(TOLERANCE), default="bfloat16" if cuda else "float32")
+    add("--levels", nargs="+", metavar="TEXT", help="only jobs whose name begins with one of these texts")
+    add("--tokens", type=int, default=2048, help="linear_dpo_loss: tokens of the chosen and the rejected row together")
+    add("--policy-tokens", type=int, default=8192 if cuda else 1024, help="linear_token_logps: tokens")
+    add("--hidden-size", type=int, default=4096 if cuda else 1024)
+    add("--vocab-size", type=int, default=128256, help="of all jobs but dpo_loss")
+    add(
+        "--logits-shape",
+        type=int,
+        nargs=3,
+        default=[8, 512, 128256 if cuda else 32064],
+        metavar=("2B", "T", "V"),
+        help="dpo_loss: sequences (chosen and rejected), tokens of each, vocabulary",
     )
-    parser.add_argument("--response-fraction", type=float, default=1.0, help="share of positions that are a response")
-    parser.add_argument("--warmup", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--output", type=Path, help="JSON path; the chart lies beside it (default: bench/results/)")
-    parser.add_argument("--peak", metavar="NAME", help="print the extra peak memory of one candidate and end")
+    add("--decode-rows", type=int, nargs="*", default=[1, 4, 16], help="token_logps: numbers of rows")
+    add("--response-fraction", type=float, default=1.0, help="share of positions that are a response")
+    add("--warmup", type=int, default=0, help="rounds before the timed ones, besides the first step of each candidate")
+    add("--repeats", type=int, default=5)
+    add("--output", type=Path, help="JSON path; the chart lies beside it (default: bench/results/)")
+    add("--sweep", action="store_true", help="linear_dpo_loss over tokens and over vocabulary instead")
+    add("--sweep-tokens", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096, *([8192, 16384] if cuda else [])])
+    add("--sweep-vocab-size", type=int, default=128256 if cuda else 32064, help="while tokens vary")
+    add("--sweep-vocabularies", type=int, nargs="+", default=[8192, 16384, 32768, 65536, 131072, 262144])
+    add("--sweep-fixed-tokens", type=int, default=2048 if cuda else 512, help="while the vocabulary varies")
+    add("--peak", nargs=2, metavar=("LEVEL", "NAME"), help="print the extra peak memory of one candidate and end")
     return parser.parse_args(arguments)
 
 
 def main(arguments):
     options = parse(arguments)
     if options.peak:
-        (step,) = make_steps(options, [options.peak]).values()
-        print(extra_peak(step, options.device))
-        return
+        print_peak(options)
+        return 0
+    found = environment()
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
-    levels = {"linear_dpo_loss": measure_level(options, [*LINEAR, FLOOR], "eager", arguments)}
-    options.vocab_size = options.logits_vocab_size
-    logits_arguments = [*arguments, "--vocab-size", str(options.logits_vocab_size)]
-    levels["dpo_loss"] = measure_level(options, list(LOGITS), "eager from logits", logits_arguments)
-    output = options.output or RESULTS / f"kernels-{options.device}.json"
-    write_json(output, {"environment": environment(), "settings": settings, "levels": levels})
-    plot(output.with_suffix(".png"), levels)
-    for (title, rows), baseline in zip(levels.items(), ("eager", "eager from logits"), strict=True):
-        print(f"\n{title}, {options.tokens} tokens, {options.device}, {options.dtype}")
-        print_table(rows, baseline)
-    print(f"\nwritten: {output} and {output.with_suffix('.png')}")
+    name = f"kernels-{'sweep-' if options.sweep else ''}{options.device}.json"
+    output = options.output or RESULTS / name
+    jobs = (sweep_jobs if options.sweep else level_jobs)(options, arguments)
+    if not jobs:
+        print(f"--levels {' '.join(options.levels)} names no job; there are: {', '.join(levels_of(options))}.")
+        return 2
+    results, partial = run_jobs(jobs, options, output, settings, found)
+    kind = "points" if options.sweep else "levels"
+    write_json(output, {"environment": found, "settings": settings, kind: results})
+    (plot_sweep if options.sweep else plot_levels)(output.with_suffix(".png"), results)
+    partial.remove()
+    for result in results.values():
+        print_table(result)
+    print(f"\n{options.device}, {options.dtype}; written: {output} and {output.with_suffix('.png')}")
+    ours = [row for result in results.values() for key, row in result["rows"].items() if key.startswith(OURS)]
+    return int(any("missing" in row or not row["agrees"] for row in ours))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

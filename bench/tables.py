@@ -47,28 +47,62 @@ def throughput(result):
     return f"{caption(result, what)}\n\n{table(header, rows)}\n\n![throughput](bench/results/throughput-cpu.png)"
 
 
+def time_cells(row):
+    """Median and quartiles in a unit that suits them."""
+    factor, unit = (1, "s") if row["median"] >= 0.1 else (1e3, "ms")
+    low, high = (f"{factor * value:.3g}" for value in row["quartiles"])
+    return f"{factor * row['median']:.3g} {unit}", f"{low} - {high}"
+
+
+def kernel_line(name, row):
+    if "missing" in row:
+        return [name, row["missing"].split(":")[0], "", "", "", "", ""]
+    mark = "" if row.get("agrees", True) else " (**differs** from plain PyTorch)"
+    peak = row.get("peak_bytes")
+    return [
+        name + mark,
+        *time_cells(row),
+        f"{row['time_ratio']:.2f}x" if "time_ratio" in row else "",
+        f"{row['floor_ratio']:.2f}x" if "floor_ratio" in row else "",
+        "" if peak is None else f"{peak / 2**20:,.0f}",
+        f"{row['peak_ratio']:.3f}x" if "peak_ratio" in row else "",
+    ]
+
+
+def decode_table(levels):
+    """One table of all numbers of rows: names down, rows across."""
+    names = list(next(iter(levels.values()))["rows"])
+    lines = []
+    for name in names:
+        rows = [level["rows"][name] for level in levels.values()]
+        cells = [row["missing"].split(":")[0] if "missing" in row else f"{1e3 * row['median']:.3g}" for row in rows]
+        agrees = all(row.get("agrees", True) for row in rows)
+        lines.append([name if agrees else f"{name} (**differs** from plain PyTorch)", *cells])
+    return table(["milliseconds", *(title.removeprefix("token_logps, ") for title in levels)], lines)
+
+
 def kernels(result):
-    settings = result["settings"]
-    parts = []
-    for level, rows in result["levels"].items():
-        vocabulary = settings["vocab_size" if level == "linear_dpo_loss" else "logits_vocab_size"]
-        what = (
-            f"`{level}`, forward and backward, live reference, {settings['tokens']:,} tokens, "
-            f"V = {vocabulary:,}, {settings['dtype']}"
-        )
-        lines = [
-            [
-                name,
-                f"{row['median']:.2f}",
-                f"{row['time_ratio']:.2f}x",
-                "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f}",
-                "" if row["peak_ratio"] is None else f"{row['peak_ratio']:.3f}x",
-            ]
-            for name, row in rows.items()
-        ]
-        header = ["", "seconds", "of eager's", "extra peak MiB", "of eager's"]
+    settings, parts = result["settings"], []
+    decode = {title: level for title, level in result["levels"].items() if title.startswith("token_logps, ")}
+    for title, level in result["levels"].items():
+        if title in decode:
+            continue
+        sizes = ", ".join(f"{name} {size:,}" for name, size in level["shape"].items())
+        what = f"`{title}`: {level['what']}; {sizes}, {settings['dtype']}"
+        header = ["", "median", "quartiles", "of eager's", "of the floor", "extra peak MiB", "of eager's"]
+        lines = [kernel_line(name, row) for name, row in level["rows"].items()]
         parts.append(f"{caption(result, what)}\n\n{table(header, lines)}")
+    if decode:
+        first = next(iter(decode.values()))
+        what = f"`token_logps`: {first['what']}; V {first['shape']['V']:,}, {settings['dtype']}"
+        parts.append(f"{caption(result, what)}\n\n{decode_table(decode)}")
     return "\n\n".join(parts)
+
+
+def sweep(result):
+    settings = result["settings"]
+    what = f"`linear_dpo_loss` over tokens and over vocabulary, forward and backward, {settings['dtype']}"
+    return f"{caption(result, what)}\n\n![time and memory](bench/results/kernels-sweep-cpu.png)"
 
 
 def noise(result):
@@ -83,6 +117,7 @@ def noise(result):
 TABLES = {
     "throughput": ("throughput-cpu.json", throughput),
     "kernels": ("kernels-cpu.json", kernels),
+    "sweep": ("kernels-sweep-cpu.json", sweep),
     "noise": ("noise-cpu-float32.json", noise),
 }
 
