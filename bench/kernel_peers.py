@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from bpo_fast.ops.head_sweep import chunk_rows, token_chunks
+from bpo_fast.ops.rows import accumulation_dtype
+
 BETA = 0.1
 IGNORE_INDEX = -100
-# The floors multiply chunks of as many tokens as ours does: what this many bytes of float32 logits hold.
-CHUNK_BYTES = 256 << 20
 
 
 @dataclass
@@ -235,13 +236,14 @@ def trl_selective(problem):
 
 
 def products_floor(with_reference):
-    """The matrix products alone, in chunks of tokens, each into the same memory: logits, their gradient times W."""
+    """The matrix products alone, in the chunks that ours takes, into the same memory: logits, their gradient times W."""
 
     def make(problem):
         hidden, head = problem.rows.detach().flatten(0, -2), problem.head
         targets = _shift(problem.labels) if problem.labels.ndim == 2 else problem.labels
         hidden = hidden[: int((targets != IGNORE_INDEX).sum())]
-        chunks = hidden.split(max(1, CHUNK_BYTES // (4 * len(head))))
+        most = chunk_rows(len(head), accumulation_dtype(hidden.dtype), hidden.device)
+        chunks = [hidden[chunk] for chunk in token_chunks(len(hidden), most)]
         logits = hidden.new_empty(len(chunks[0]), len(head))
         gradient = torch.empty_like(chunks[0])
 

@@ -26,7 +26,7 @@ TILE_ROWS = 128
 LEAST_ROWS = 256
 
 
-def _chunk_rows(vocab_size, dtype, device):
+def chunk_rows(vocab_size, dtype, device):
     """Most rows of a chunk: whole tiles whose logits, of `dtype`, fit the budget; never fewer than LEAST_ROWS."""
     budget = CPU_SCRATCH_BYTES
     if device.type == "cuda":
@@ -35,7 +35,7 @@ def _chunk_rows(vocab_size, dtype, device):
     return max(LEAST_ROWS, rows // TILE_ROWS * TILE_ROWS)
 
 
-def _chunks(num_tokens, most):
+def token_chunks(num_tokens, most):
     """Slices of tokens, as few as `most` rows allow and about equally long, in whole tiles where `most` is."""
     count = -(-num_tokens // most)
     tile = min(TILE_ROWS, most)
@@ -114,8 +114,8 @@ def _spread_rows(rows, kept, num_tokens):
 def _sweep(hidden, weight, targets, low_rank, low_rank_weight, transform, with_rows, statistics):
     """logps [n], rows [n, H] and low-rank rows [n, r] (or None) of tokens that all meet the head, chunk by chunk."""
     dtype = accumulation_dtype(hidden.dtype)
-    most = _chunk_rows(len(weight), dtype, hidden.device)
-    chunks = _chunks(len(hidden), most)
+    most = chunk_rows(len(weight), dtype, hidden.device)
+    chunks = token_chunks(len(hidden), most)
     buffer = hidden.new_empty(chunks[0].stop if chunks else 0, len(weight), dtype=dtype)
     logps = hidden.new_empty(len(hidden), dtype=dtype)
     rows = low_rank_rows = None
@@ -190,7 +190,7 @@ def linear_token_logps_op(
     statistics = hidden.new_empty(4, len(hidden), dtype=dtype) if with_statistics else None
     arguments = (weight, targets, low_rank, low_rank_weight, transform, with_rows, statistics)
     padded = -(-len(hidden) // TILE_ROWS) * TILE_ROWS
-    if ref_hidden is not None and 2 * padded <= _chunk_rows(len(weight), dtype, hidden.device):
+    if ref_hidden is not None and 2 * padded <= chunk_rows(len(weight), dtype, hidden.device):
         logps, ref_logps, rows, low_rank_rows = _stacked_sweep(hidden, ref_hidden, *arguments)
     else:
         logps, rows, low_rank_rows = _sweep(hidden, *arguments)
@@ -262,7 +262,7 @@ def head_gradient_op(
     grad_weight = torch.zeros(weight.shape if with_weight else (0,), dtype=dtype, device=weight.device)
     grad_bias = grad_weight.new_zeros(0 if bias is None else len(weight))
     grad_low_rank = grad_weight.new_zeros((0,) if low_rank is None else low_rank_weight.shape)
-    chunks = _chunks(len(hidden), _chunk_rows(len(weight), dtype, hidden.device))
+    chunks = token_chunks(len(hidden), chunk_rows(len(weight), dtype, hidden.device))
     buffer = hidden.new_empty(chunks[0].stop if chunks else 0, len(weight), dtype=dtype)
     for chunk in chunks:
         logits = buffer[: chunk.stop - chunk.start]

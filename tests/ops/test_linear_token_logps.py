@@ -29,7 +29,7 @@ def problem():
 @pytest.fixture
 def chunk_rows(monkeypatch):
     """Sets the most rows of a chunk."""
-    return lambda rows: monkeypatch.setattr(head_sweep, "_chunk_rows", lambda *_: rows)
+    return lambda rows: monkeypatch.setattr(head_sweep, "chunk_rows", lambda *_: rows)
 
 
 # 8209 is above WIDENED_ROWS and no multiple of anything; a scratch of one row makes as many chunks as tokens.
@@ -75,7 +75,7 @@ def test_contract_against_float64(
         return eager_linear_token_logps(hidden, weight, targets, **options(further))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(head_sweep, "_chunk_rows", lambda *_: chunk_tokens)
+        patch.setattr(head_sweep, "chunk_rows", lambda *_: chunk_tokens)
         logps, grads = gradients(ours, inputs, upstream)
     plain, plain_grads = gradients(eager, inputs, upstream)
     exact, exact_grads = gradients(eager, [x.double() for x in inputs], upstream)
@@ -119,10 +119,10 @@ def test_the_chunk_changes_nothing_beyond_rounding(problem, chunk_rows):
 @pytest.mark.parametrize("num_tokens", [0, 1, 127, 128, 257, 2048, 5000])
 @pytest.mark.parametrize("vocab_size", [100, 32064, 128256, 10**7])
 def test_the_rule_of_chunks(num_tokens, vocab_size):
-    most = head_sweep._chunk_rows(vocab_size, torch.float32, torch.device("cpu"))
+    most = head_sweep.chunk_rows(vocab_size, torch.float32, torch.device("cpu"))
     assert most % head_sweep.TILE_ROWS == 0
     assert most * vocab_size * 4 <= head_sweep.CPU_SCRATCH_BYTES or most == head_sweep.LEAST_ROWS
-    chunks = head_sweep._chunks(num_tokens, most)
+    chunks = head_sweep.token_chunks(num_tokens, most)
     sizes = [chunk.stop - chunk.start for chunk in chunks]
     assert [t for chunk in chunks for t in range(chunk.start, chunk.stop)] == list(range(num_tokens))
     assert len(chunks) == -(-num_tokens // most)
@@ -191,7 +191,7 @@ def test_policy_and_reference_stacked_or_not(num_tokens, dtype, monkeypatch):
     assert sweeps == [1]
     same = module.linear_sequence_logps(hidden, hidden.clone(), weight, targets)
     assert torch.equal(same.token_logps, same.ref_token_logps)
-    monkeypatch.setattr(head_sweep, "_chunk_rows", lambda *_: 128)
+    monkeypatch.setattr(head_sweep, "chunk_rows", lambda *_: 128)
     apart = both()
     assert len(sweeps) == 2
     for a, b in zip(stacked, apart, strict=True):

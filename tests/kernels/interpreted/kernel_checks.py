@@ -214,7 +214,7 @@ def test_rows_beyond_two_to_the_31_elements():
 @pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
 @pytest.mark.parametrize("options", ["plain", "everything"])
 def test_linear_token_logps(dtype, vocab_size, options, monkeypatch):
-    monkeypatch.setattr(head_sweep, "_chunk_rows", lambda *_: 2)
+    monkeypatch.setattr(head_sweep, "chunk_rows", lambda *_: 2)
     generator = torch.Generator().manual_seed(vocab_size)
     shapes = [(5, 16), (vocab_size, 16)]
     transform = {}
