@@ -236,7 +236,7 @@ def trl_selective(problem):
 
 
 def products_floor(with_reference):
-    """The matrix products alone, in the chunks that ours takes, into the same memory: logits, their gradient times W."""
+    """The matrix products alone, in the chunks that ours takes, into one memory: logits, their gradient times W."""
 
     def make(problem):
         hidden, head = problem.rows.detach().flatten(0, -2), problem.head
