@@ -33,8 +33,9 @@ from kernel_peers import (
 import bpo_fast
 
 # How far a candidate's loss (relative, or absolute below 1) and gradient (relative, Euclidean norm) may be from plain
-# PyTorch's in float32. In 16 bits, logits of about 4 are rounded by 1e-2, and a loss sums hundreds of them.
-TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-2}
+# PyTorch's in float64. A loss compares sums of a thousand log-probs, about -12,000, of which float32 keeps 1e-3. In 16
+# bits, logits of about 4 are rounded by 1e-2.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 5e-2}
 OURS, EAGER, COMPILED, FLOOR = "bpo_fast", "eager", "torch.compile", "floor"
 
 

@@ -26,10 +26,10 @@ class Problem:
     head: torch.Tensor | None
     labels: torch.Tensor
 
-    def in_float32(self):
-        """The same values in float32, for the reference of a 16-bit job."""
+    def in_float64(self):
+        """The same values in float64, for what a result is compared with."""
         tensors = [
-            None if tensor is None else tensor.detach().float() for tensor in (self.rows, self.ref_rows, self.head)
+            None if tensor is None else tensor.detach().double() for tensor in (self.rows, self.ref_rows, self.head)
         ]
         return Problem(tensors[0].requires_grad_(self.rows.requires_grad), *tensors[1:], self.labels)
 
@@ -87,7 +87,8 @@ def lazy(load, trains_head=False):
 
 
 def eager_token_logps(logits, targets):
-    logps = F.log_softmax(logits.float(), dim=-1).gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logps = F.log_softmax(logits, dim=-1).gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
     return logps.masked_fill(targets == IGNORE_INDEX, 0)
 
 

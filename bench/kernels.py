@@ -1,7 +1,7 @@
 """Time and memory of the losses beside their peers: `python bench/kernels.py` prints tables, writes JSON and a chart.
 
 Every candidate of a job works on the same tensors in one interleaved run; its loss and gradient are compared with
-plain PyTorch's in float32, and a candidate that differs by more than the tolerance is marked. Extra peak memory is
+plain PyTorch's in float64, and a candidate that differs by more than the tolerance is marked. Extra peak memory is
 that of one step in a fresh process, after one of toy size has brought in what is imported at first use, and for
 candidates that compile after one of full size, so that no compiler's memory is counted. `--sweep` measures
 linear_dpo_loss over tokens and over vocabulary instead. What is measured is kept as it comes: a run that is given
@@ -36,13 +36,13 @@ def differences(result, reference):
     loss_error = (loss.double() - ref_loss.double()).abs().item() / max(1.0, abs(ref_loss.item()))
     if ref_gradient is None:
         return loss_error, None
-    distance = torch.linalg.vector_norm(gradient.float() - ref_gradient.float())
-    return loss_error, (distance / torch.linalg.vector_norm(ref_gradient.float())).item()
+    distance = torch.linalg.vector_norm(gradient.double().sub_(ref_gradient))
+    return loss_error, (distance / torch.linalg.vector_norm(ref_gradient)).item()
 
 
 def reference_of(level, problem):
-    """(loss, gradient) of plain PyTorch in float32 on the same values."""
-    return level.candidate(EAGER).make(problem.in_float32())()
+    """(loss, gradient) of plain PyTorch in float64 on the same values."""
+    return level.candidate(EAGER).make(problem.in_float64())()
 
 
 def first_steps(level, candidates, problem, options, rows):
