@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bpo_fast.ops.checks import IGNORE_INDEX, check_target_range
 from bpo_fast.ops.head_products import add_head_gradient_, fill_logits_, times_head
-from bpo_fast.ops.rows import accumulation_dtype, block_rows, exponentiate_, final_logits_, runs_in_triton
+from bpo_fast.ops.rows import accumulation_dtype, block_rows, exponentiate, final_logits_, runs_in_triton
 
 # Float32 logits of a chunk of tokens: on the CPU this many bytes, on a GPU this share of its memory, but at least as
 # many bytes as below. 1/128 is 384 MiB of a 48 GB card, 640 MiB of an 80 GB one.
@@ -72,7 +72,7 @@ class _Transform:
             if self.bias is not None:
                 rows += self.bias
             slope = final_logits_(rows, self.softcap, self.temperature, with_slope=dtype is not None)
-            logps[block], _, row_sum = exponentiate_(rows, row_targets, row_statistics)
+            logps[block], _, row_sum = exponentiate(rows, row_targets, rows, row_statistics)
             if dtype is None:
                 continue
             rows.div_(-row_sum)

@@ -74,8 +74,8 @@ def final_logits_(rows, softcap, temperature, with_slope):
     return slope
 
 
-def exponentiate_(rows, targets, statistics=None):
-    """Turn final logits [n, V] into exp(x - m) in place.
+def exponentiate(rows, targets, out, statistics=None):
+    """exp(x - m) of final logits [n, V] into `out`, which may be their memory.
 
     Fills `statistics` [4, n], if given, in the order of `TokenStatistics`. Returns logps [n], and m and s, [n, 1]; the
     target logit is 0 for `targets` None.
@@ -85,13 +85,13 @@ def exponentiate_(rows, targets, statistics=None):
     if statistics is not None:
         statistics[1] = rows.argmax(1) == targets
         statistics[3] = rows.mean(1)
-    rows.sub_(row_max)
-    shifted = rows.clamp(min=LOWEST_SHIFTED) if statistics is not None else None
-    row_sum = rows.exp_().sum(1, keepdim=True)
+    torch.sub(rows, row_max, out=out)
+    shifted = out.clamp(min=LOWEST_SHIFTED) if statistics is not None else None
+    row_sum = out.exp_().sum(1, keepdim=True)
     log_sum = row_sum.log()
     if statistics is not None:
         # Batched products of one row each: no matrix of the products is made.
-        dot, square = (torch.bmm(rows[:, None], other[:, :, None]).flatten() for other in (shifted, rows))
+        dot, square = (torch.bmm(out[:, None], other[:, :, None]).flatten() for other in (shifted, out))
         statistics[0] = log_sum.squeeze(1) - dot / row_sum.squeeze(1)
         statistics[2] = square.log() - 2 * log_sum.squeeze(1)
     return (target_logits - row_max - log_sum).squeeze(1), row_max, row_sum

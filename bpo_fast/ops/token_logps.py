@@ -14,7 +14,7 @@ from bpo_fast.ops.rows import (
     accumulation_dtype,
     block_rows,
     check_transform,
-    exponentiate_,
+    exponentiate,
     final_logits_,
     num_processors,
     runs_in_triton,
@@ -53,11 +53,15 @@ def _forward_torch(logits, targets, softcap, temperature, token_logps, row_numbe
     """
     blocks = _row_blocks(targets, logits.shape[-1])
     scratch = _Scratch(blocks, logits)
+    as_they_are = softcap is None and temperature == 1.0 and logits.dtype == token_logps.dtype
     for where in blocks:
-        rows = scratch.copy(logits[where])
-        final_logits_(rows, softcap, temperature, with_slope=False)
-        block_statistics = None if statistics is None else rows.new_empty(4, len(rows))
-        token_logps[where], row_max, row_sum = exponentiate_(rows, targets[where], block_statistics)
+        rows = logits[where]
+        out = scratch.buffer[: len(rows)]
+        if not as_they_are:
+            rows = out.copy_(rows)
+            final_logits_(rows, softcap, temperature, with_slope=False)
+        block_statistics = None if statistics is None else out.new_empty(4, len(rows))
+        token_logps[where], row_max, row_sum = exponentiate(rows, targets[where], out, block_statistics)
         if row_numbers is not None:
             row_numbers[0][where] = row_max.squeeze(1)
             row_numbers[1][where] = row_sum.log().squeeze(1)
