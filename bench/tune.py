@@ -1,6 +1,6 @@
 """Every launch of the kernels over rows of logits, timed on this GPU beside the stated rule: `python bench/tune.py`.
 
-For each kernel, shape and dtype all tiles, warps and splits of a row are tried in place of what
+For each kernel, shape and dtype all tiles, unrollings, warps and splits of a row are tried in place of what
 `bpo_fast.kernels.heuristics.row_launch` says, and the rule is put beside the best of them. JSON per GPU in
 bench/results/tuning-<gpu>.json, written as it comes: a run that is given again after being killed goes on behind its
 last whole shape. Without a GPU it runs at toy size under TRITON_INTERPRET=1 with --device cpu, which checks the sweep
@@ -24,30 +24,35 @@ from tqdm import tqdm
 from bpo_fast.kernels import heuristics, sequence_logps, unit_gradient
 
 COLUMNS = tuple(2**power for power in range(9, 15))
+UNROLLS = (1, 2, 4)
 WARPS = (1, 2, 4, 8, 16)
 SPLITS = (1, 2, 4, 8, 16, 32, 64)
-# Bytes of a tile that one thread holds: below, accesses are narrower than 16 bytes; above, registers spill.
+# Bytes that one thread reads at once: below, accesses are narrower than 16 bytes; above, registers spill.
 BYTES_PER_THREAD = (16, 128)
+CHOICES = ("columns", "unroll", "num_warps", "splits")
 # (rows, vocabulary): training, and few rows as in decoding.
 SHAPES = ((8192, 32064), (4096, 128256), (2048, 152064), (64, 128256), (16, 128256), (4, 128256), (1, 128256))
 
 
 def launches(vocab_size, element_size, splittable):
-    """(columns, num_warps, splits) worth timing, in a fixed order."""
-    for columns, num_warps, splits in itertools.product(COLUMNS, WARPS, SPLITS if splittable else (1,)):
+    """(columns, unroll, num_warps, splits) worth timing, in a fixed order."""
+    for columns, unroll, num_warps, splits in itertools.product(
+        COLUMNS, UNROLLS, WARPS, SPLITS if splittable else (1,)
+    ):
         bytes_per_thread = columns * element_size / (32 * num_warps)
+        fits = BYTES_PER_THREAD[0] <= bytes_per_thread and bytes_per_thread * unroll <= BYTES_PER_THREAD[1]
         tiles = -(-vocab_size // columns)
-        if BYTES_PER_THREAD[0] <= bytes_per_thread <= BYTES_PER_THREAD[1] and (splits == 1 or 2 * splits <= tiles):
-            yield columns, num_warps, splits
+        if fits and (splits == 1 or 2 * splits <= tiles):
+            yield columns, unroll, num_warps, splits
 
 
 @contextmanager
-def launched_as(columns, num_warps, splits):
+def launched_as(**choice):
     """Within, the kernels are launched like this, whatever the shape; the rest is the rule's."""
     rule = heuristics.row_launch
 
     def fixed(*arguments, **options):
-        return rule(*arguments, **options)._replace(columns=columns, num_warps=num_warps, splits=splits)
+        return rule(*arguments, **options)._replace(**choice)
 
     heuristics.row_launch = fixed
     try:
@@ -119,10 +124,10 @@ def seconds(function, device):
 
 
 def compare(timed, rule):
-    """The rule's launch, the best of `timed` [{columns, num_warps, splits, seconds}], and the ratio of their times."""
+    """The rule's launch, the best of `timed` [{**launch, seconds}], and the ratio of their times."""
     measured = [entry for entry in timed if "seconds" in entry]
     best = min(measured, key=lambda entry: entry["seconds"])
-    chosen = next(entry for entry in timed if (entry["columns"], entry["num_warps"], entry["splits"]) == rule)
+    chosen = next(entry for entry in timed if tuple(entry[name] for name in CHOICES) == rule)
     ratio = chosen["seconds"] / best["seconds"] if "seconds" in chosen else None
     return {"rule": chosen, "best": best, "over_best": ratio, "timed": timed}
 
@@ -134,13 +139,13 @@ def tune(job, num_rows, vocab_size, dtype, device, num_processors, progress):
     noted = []
     with noted_rule(noted):
         launch()
-    rule = (noted[0].columns, noted[0].num_warps, noted[0].splits if splittable else 1)
+    rule = tuple(getattr(noted[0]._replace(**({} if splittable else {"splits": 1})), name) for name in CHOICES)
     # The transform works on float32 whatever it writes.
     element_size = 4 if job == "unit_gradient" else getattr(torch, dtype).itemsize
     timed = []
-    for columns, num_warps, splits in dict.fromkeys([rule, *launches(vocab_size, element_size, splittable)]):
-        entry = {"columns": columns, "num_warps": num_warps, "splits": splits}
-        with launched_as(columns, num_warps, splits):
+    for choice in dict.fromkeys([rule, *launches(vocab_size, element_size, splittable)]):
+        entry = dict(zip(CHOICES, choice, strict=True))
+        with launched_as(**entry):
             try:
                 launch()
                 entry["seconds"] = seconds(launch, device)
@@ -198,10 +203,10 @@ def main(arguments=None):
     partial.remove()
     print(f"{'':<34}{'rule':>24}{'best':>24}{'rule / best':>13}")
     for key, result in results.items():
-        words = ["{columns} x{num_warps} /{splits}".format(**result[which]) for which in ("rule", "best")]
+        words = ["{columns}*{unroll} x{num_warps} /{splits}".format(**result[which]) for which in ("rule", "best")]
         ratio = "failed" if result["over_best"] is None else f"{result['over_best']:.3f}"
         print(f"{key:<34}{words[0]:>24}{words[1]:>24}{ratio:>13}")
-    print(f"columns x warps / splits; written: {output}")
+    print(f"columns * unrolled x warps / splits; written: {output}")
     return 0
 
 

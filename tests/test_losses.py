@@ -175,6 +175,26 @@ def test_reference_log_probs_given_or_computed_are_the_same():
     assert torch.equal(live.chosen_rewards, cached.chosen_rewards)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bitwise_repeatable(dtype):
+    generator = torch.Generator().manual_seed(3)
+    hidden, ref_hidden = (torch.randn(4, 40, 24, generator=generator).to(dtype) for _ in range(2))
+    head = torch.randn(1003, 24, generator=generator).to(dtype)
+    labels = draw_targets((4, 40), 1003, generator)
+
+    def results(x, weight):
+        outputs = (
+            linear_dpo_loss(x, weight, labels, ref_hidden=ref_hidden, with_statistics=True),
+            dpo_loss(x @ weight.t(), labels, ref_logits=ref_hidden @ head.t(), loss_type=["sigmoid", "sft", "aot"]),
+        )
+        grads = [torch.autograd.grad(output.loss, (x, weight)) for output in outputs]
+        return [*(output.loss for output in outputs), *grads[0], *grads[1], *outputs[0].statistics]
+
+    first, second = (results(hidden.clone().requires_grad_(), head.clone().requires_grad_()) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_no_gradient_goes_to_the_reference():
     logits, ref_logits = torch.randn(2, 4, 9, requires_grad=True), torch.randn(2, 4, 9, requires_grad=True)
     labels = torch.randint(0, 9, (2, 4))

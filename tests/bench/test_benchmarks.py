@@ -93,19 +93,21 @@ def test_the_sweep_of_launches_puts_the_rule_beside_the_best(bench):
     import tune
 
     entries = [
-        {"columns": 1024, "num_warps": 4, "splits": 1, "seconds": 3.0},
-        {"columns": 2048, "num_warps": 8, "splits": 1, "seconds": 2.0},
-        {"columns": 8192, "num_warps": 4, "splits": 1, "failed": "OutOfResources"},
+        {"columns": 1024, "unroll": 2, "num_warps": 4, "splits": 1, "seconds": 3.0},
+        {"columns": 2048, "unroll": 1, "num_warps": 8, "splits": 1, "seconds": 2.0},
+        {"columns": 8192, "unroll": 2, "num_warps": 4, "splits": 1, "failed": "OutOfResources"},
     ]
-    found = tune.compare(entries, (1024, 4, 1))
+    found = tune.compare(entries, (1024, 2, 4, 1))
     assert found["best"] == entries[1]
     assert found["over_best"] == 1.5
-    assert tune.compare(entries, (8192, 4, 1))["over_best"] is None
+    assert tune.compare(entries, (8192, 2, 4, 1))["over_best"] is None
     tried = set(tune.launches(128256, 2, True))
-    assert (4096, 8, 16) in tried
-    assert (4096, 8, 32) not in tried  # 32 tiles a row: a part would have one tile only
-    assert (16384, 1, 1) not in tried  # 1 KiB a thread
-    assert all(splits == 1 for _, _, splits in tune.launches(128256, 2, False))
+    assert (4096, 2, 8, 16) in tried
+    assert (4096, 2, 8, 32) not in tried  # 32 tiles a row: a part would have one tile only
+    assert (16384, 1, 1, 1) not in tried  # 1 KiB a thread
+    assert (4096, 4, 8, 1) in tried  # 128 bytes a thread at once
+    assert (8192, 4, 8, 1) not in tried
+    assert all(splits == 1 for *_, splits in tune.launches(128256, 2, False))
 
 
 def test_the_sweep_of_launches_under_the_interpreter(tmp_path):
