@@ -6,7 +6,8 @@ once; the backward pass only scales row t of the [N, H] result. Work for N token
 backward, 2 N H V when no gradient is wanted. A head that is trained takes a second sweep, in the backward pass.
 
 A LoRA adapter on the head is a second pair of operands, W h + B z with z = scaling * A h: z gets unit-gradient rows of
-its own, (onehot - p) B, and PyTorch takes its gradient on to A and h. The head is never merged with the adapter.
+its own, (onehot - p) B, and PyTorch takes its gradient on to A and h. The head is never merged with the adapter, and z
+and B are in the accumulation dtype.
 """
 
 import torch
@@ -121,7 +122,7 @@ def _sweep(hidden, weight, targets, low_rank, low_rank_weight, transform, with_r
     rows = low_rank_rows = None
     if with_rows:
         rows = torch.empty_like(hidden, dtype=dtype)
-        low_rank_rows = None if low_rank is None else torch.empty_like(low_rank, dtype=dtype)
+        low_rank_rows = None if low_rank is None else torch.empty_like(low_rank)
     for chunk in chunks:
         logits = buffer[: chunk.stop - chunk.start]
         fill_logits_(logits, hidden[chunk], weight)
@@ -277,7 +278,7 @@ def head_gradient_op(
             grad_bias += gradient.sum(0, dtype=dtype)
         if low_rank is not None:
             add_head_gradient_(grad_low_rank, gradient, low_rank[chunk])
-    return tuple(x.to(weight.dtype) for x in (grad_weight, grad_bias, grad_low_rank))
+    return grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), grad_low_rank
 
 
 @head_gradient_op.register_fake
@@ -297,7 +298,7 @@ def _(
     return (
         torch.empty(weight.shape if with_weight else (0,), dtype=weight.dtype, device=weight.device),
         weight.new_empty(0 if bias is None else len(weight)),
-        torch.empty((0,) if low_rank is None else low_rank_weight.shape, dtype=weight.dtype, device=weight.device),
+        weight.new_empty((0,) if low_rank is None else low_rank_weight.shape, dtype=accumulation_dtype(weight.dtype)),
     )
 
 
@@ -319,7 +320,7 @@ def _backward(ctx, grad, *_):
     if ctx.needs_input_grad[0]:
         grads[0] = (grad[:, None] * rows).to(ctx.hidden_dtype)
     if ctx.needs_input_grad[5]:
-        grads[5] = (grad[:, None] * low_rank_rows).to(ctx.hidden_dtype)
+        grads[5] = grad[:, None] * low_rank_rows
     if ctx.head_is_trained:
         options = (ctx.softcap, ctx.temperature, ctx.needs_input_grad[2], ctx.dense)
         found = head_gradient_op(grad.contiguous(), *head, *options)

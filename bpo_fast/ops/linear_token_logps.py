@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bpo_fast.ops.checks import IGNORE_INDEX, check_indices, check_same, check_tensor
 from bpo_fast.ops.head_sweep import linear_token_logps_op
-from bpo_fast.ops.rows import TokenStatistics, check_transform
+from bpo_fast.ops.rows import TokenStatistics, accumulation_dtype, check_transform
 from bpo_fast.ops.token_logps import SequenceLogps
 
 
@@ -39,12 +39,16 @@ def check_head(hidden_name, hidden, weight_name, weight, bias_name, bias, lora_n
 
 
 def _operands(hidden, lora):
-    """hidden as rows [N, H], and the low-rank rows [N, r] and weight [V, r] of the adapter, in hidden's dtype."""
+    """hidden as rows [N, H], and the low-rank rows [N, r] and weight [V, r] of the adapter, in the accumulation dtype.
+
+    They are small, and rounded to 16 bits the rows alone would cost the logits more than anything else here does.
+    """
     rows = hidden.reshape(-1, hidden.shape[-1])
     if lora is None:
         return rows, None, None
     lora_A, lora_B, scaling = lora
-    return rows, rows @ lora_A.t().to(rows.dtype) * scaling, lora_B.to(rows.dtype)
+    dtype = accumulation_dtype(rows.dtype)
+    return rows, rows.to(dtype) @ lora_A.t().to(dtype) * scaling, lora_B.to(dtype)
 
 
 def _call(hidden, ref_hidden, weight, targets, bias, lora, logit_softcap, temperature, with_statistics, dense):
