@@ -35,15 +35,10 @@ def _row_blocks(targets, vocab_size):
     return blocks
 
 
-class _Scratch:
+def _scratch(blocks, logits):
     """One buffer for the blocks of a call: fresh memory for each would cost more than the arithmetic."""
-
-    def __init__(self, blocks, logits):
-        longest = max((tokens.stop - tokens.start for _, tokens in blocks), default=0)
-        self.buffer = logits.new_empty(longest, logits.shape[-1], dtype=accumulation_dtype(logits.dtype))
-
-    def copy(self, rows):
-        return self.buffer[: len(rows)].copy_(rows)
+    longest = max((tokens.stop - tokens.start for _, tokens in blocks), default=0)
+    return logits.new_empty(longest, logits.shape[-1], dtype=accumulation_dtype(logits.dtype))
 
 
 def _forward_torch(logits, targets, softcap, temperature, token_logps, row_numbers, statistics):
@@ -52,11 +47,11 @@ def _forward_torch(logits, targets, softcap, temperature, token_logps, row_numbe
     Only at targets that count: no other row is read.
     """
     blocks = _row_blocks(targets, logits.shape[-1])
-    scratch = _Scratch(blocks, logits)
+    scratch = _scratch(blocks, logits)
     as_they_are = softcap is None and temperature == 1.0 and logits.dtype == token_logps.dtype
     for where in blocks:
         rows = logits[where]
-        out = scratch.buffer[: len(rows)]
+        out = scratch[: len(rows)]
         if not as_they_are:
             rows = out.copy_(rows)
             final_logits_(rows, softcap, temperature, with_slope=False)
@@ -74,11 +69,11 @@ def _backward_torch(grad, logits, targets, row_numbers, softcap, temperature, gr
     """Fill grad_logits [S, T, V] at the targets that count, from grad [S, T]; it may be the logits' memory."""
     blocks = _row_blocks(targets, logits.shape[-1])
     # Without rounding, the gradient is worked out where it will stay.
-    scratch = None if grad_logits.dtype == grad.dtype else _Scratch(blocks, logits)
+    scratch = None if grad_logits.dtype == grad.dtype else _scratch(blocks, logits)
     for where in blocks:
         scale = grad[where][:, None]
         row_max, log_sum = (numbers[where][:, None] for numbers in row_numbers)
-        rows = grad_logits[where] if scratch is None else scratch.copy(logits[where])
+        rows = grad_logits[where] if scratch is None else scratch[: len(scale)]
         if scratch is None and softcap is None and temperature == 1.0:
             torch.sub(logits[where], row_max, out=rows)
             slope = None
