@@ -36,6 +36,11 @@ def chunk_rows(vocab_size, dtype, device):
     return max(LEAST_ROWS, rows // TILE_ROWS * TILE_ROWS)
 
 
+def _whole_tiles(rows):
+    """The next multiple of TILE_ROWS."""
+    return -(-rows // TILE_ROWS) * TILE_ROWS
+
+
 def token_chunks(num_tokens, most):
     """Slices of tokens, as few as `most` rows allow and about equally long, in whole tiles where `most` is."""
     count = -(-num_tokens // most)
@@ -86,12 +91,9 @@ class _Transform:
         return logps, logits
 
 
-def _kept(targets, vocab_size, dense):
+def _kept(targets, dense):
     """Indices of the tokens that meet the head, None if all of them do: no targets, or `dense` promises so."""
-    if targets is None:
-        return None
-    check_target_range(targets, vocab_size)
-    if dense:
+    if targets is None or dense:
         return None
     kept = (targets != IGNORE_INDEX).nonzero().squeeze(1)
     return None if len(kept) == len(targets) else kept
@@ -112,22 +114,28 @@ def _spread_rows(rows, kept, num_tokens):
     return rows if kept is None else rows.new_zeros(num_tokens, rows.shape[1]).index_copy_(0, kept, rows)
 
 
-def _sweep(hidden, weight, targets, low_rank, low_rank_weight, transform, with_rows, statistics):
-    """logps [n], rows [n, H] and low-rank rows [n, r] (or None) of tokens that all meet the head, chunk by chunk."""
+def _logits_of_chunks(hidden, weight, low_rank, low_rank_weight):
+    """(slice of tokens, their logits) of each chunk; the next chunk's logits take the same memory."""
     dtype = accumulation_dtype(hidden.dtype)
-    most = chunk_rows(len(weight), dtype, hidden.device)
-    chunks = token_chunks(len(hidden), most)
+    chunks = token_chunks(len(hidden), chunk_rows(len(weight), dtype, hidden.device))
     buffer = hidden.new_empty(chunks[0].stop if chunks else 0, len(weight), dtype=dtype)
-    logps = hidden.new_empty(len(hidden), dtype=dtype)
-    rows = low_rank_rows = None
-    if with_rows:
-        rows = torch.empty_like(hidden, dtype=dtype)
-        low_rank_rows = None if low_rank is None else torch.empty_like(low_rank)
     for chunk in chunks:
         logits = buffer[: chunk.stop - chunk.start]
         fill_logits_(logits, hidden[chunk], weight)
         if low_rank is not None:
             fill_logits_(logits, low_rank[chunk], low_rank_weight, add=True)
+        yield chunk, logits
+
+
+def _sweep(hidden, weight, targets, low_rank, low_rank_weight, transform, with_rows, statistics):
+    """logps [n], rows [n, H] and low-rank rows [n, r] (or None) of tokens that all meet the head, chunk by chunk."""
+    dtype = accumulation_dtype(hidden.dtype)
+    logps = hidden.new_empty(len(hidden), dtype=dtype)
+    rows = low_rank_rows = None
+    if with_rows:
+        rows = torch.empty_like(hidden, dtype=dtype)
+        low_rank_rows = None if low_rank is None else torch.empty_like(low_rank)
+    for chunk, logits in _logits_of_chunks(hidden, weight, low_rank, low_rank_weight):
         logps[chunk], gradient = transform(
             logits,
             None if targets is None else targets[chunk],
@@ -148,7 +156,7 @@ def _stacked_sweep(hidden, ref_hidden, weight, targets, low_rank, low_rank_weigh
     Both halves begin at a whole tile and run through the same steps, so equal hidden states give equal log-probs.
     """
     dtype, count = accumulation_dtype(hidden.dtype), len(hidden)
-    half = -(-count // TILE_ROWS) * TILE_ROWS
+    half = _whole_tiles(count)
     both = hidden.new_zeros(2 * half, hidden.shape[1])
     both[:count], both[half : half + count] = hidden, ref_hidden
     logits = hidden.new_empty(2 * half, len(weight), dtype=dtype)
@@ -184,14 +192,15 @@ def linear_token_logps_op(
     scaled them. What is not asked for is empty. Without targets: minus the log-sum-exp.
     """
     num_tokens = len(hidden)
-    kept = _kept(targets, len(weight), dense)
+    if targets is not None:
+        check_target_range(targets, len(weight))
+    kept = _kept(targets, dense)
     hidden, ref_hidden, targets, low_rank = (_take(tensor, kept) for tensor in (hidden, ref_hidden, targets, low_rank))
     transform = _Transform(bias, softcap, temperature)
     dtype = accumulation_dtype(hidden.dtype)
     statistics = hidden.new_empty(4, len(hidden), dtype=dtype) if with_statistics else None
     arguments = (weight, targets, low_rank, low_rank_weight, transform, with_rows, statistics)
-    padded = -(-len(hidden) // TILE_ROWS) * TILE_ROWS
-    if ref_hidden is not None and 2 * padded <= chunk_rows(len(weight), dtype, hidden.device):
+    if ref_hidden is not None and 2 * _whole_tiles(len(hidden)) <= chunk_rows(len(weight), dtype, hidden.device):
         logps, ref_logps, rows, low_rank_rows = _stacked_sweep(hidden, ref_hidden, *arguments)
     else:
         logps, rows, low_rank_rows = _sweep(hidden, *arguments)
@@ -256,20 +265,14 @@ def head_gradient_op(
     logits once more, (onehot - p) scaled by grad, and its product with the hidden states added up in float32, in the
     order of the chunks.
     """
-    kept = _kept(targets, len(weight), dense)
+    kept = _kept(targets, dense)
     hidden, targets, grad, low_rank = (_take(tensor, kept) for tensor in (hidden, targets, grad, low_rank))
     transform = _Transform(bias, softcap, temperature)
     dtype = accumulation_dtype(weight.dtype)
     grad_weight = torch.zeros(weight.shape if with_weight else (0,), dtype=dtype, device=weight.device)
     grad_bias = grad_weight.new_zeros(0 if bias is None else len(weight))
     grad_low_rank = grad_weight.new_zeros((0,) if low_rank is None else low_rank_weight.shape)
-    chunks = token_chunks(len(hidden), chunk_rows(len(weight), dtype, hidden.device))
-    buffer = hidden.new_empty(chunks[0].stop if chunks else 0, len(weight), dtype=dtype)
-    for chunk in chunks:
-        logits = buffer[: chunk.stop - chunk.start]
-        fill_logits_(logits, hidden[chunk], weight)
-        if low_rank is not None:
-            fill_logits_(logits, low_rank[chunk], low_rank_weight, add=True)
+    for chunk, logits in _logits_of_chunks(hidden, weight, low_rank, low_rank_weight):
         chunk_targets = None if targets is None else targets[chunk]
         _, gradient = transform(logits, chunk_targets, grad[chunk], hidden.dtype, None)
         if with_weight:
