@@ -58,8 +58,15 @@ def check_transform(logit_softcap, temperature):
         raise ValueError(f"temperature must be positive, got {temperature}.")
 
 
+def final_logits(logits, softcap, temperature):
+    """What the softmax sees of logits of any shape; differentiable."""
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits / temperature
+
+
 def final_logits_(rows, softcap, temperature, with_slope):
-    """Turn logits [n, V] into what the softmax sees, in place.
+    """`final_logits` of rows [n, V] in place, without autograd.
 
     Returns its derivative by the logits, a number or [n, V]; None where that is 1, or not wanted.
     """

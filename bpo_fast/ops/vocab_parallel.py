@@ -19,7 +19,7 @@ from torch import Tensor
 from bpo_fast.ops.checks import IGNORE_INDEX, check_indices, check_same, check_tensor
 from bpo_fast.ops.head_products import target_logits
 from bpo_fast.ops.linear_token_logps import check_head, linear_logsumexp
-from bpo_fast.ops.rows import check_transform
+from bpo_fast.ops.rows import check_transform, final_logits
 
 
 class _SumGradients(torch.autograd.Function):
@@ -108,7 +108,6 @@ def vocab_parallel_token_logps(
     here = (local >= 0) & (local < len(weight_shard))
     local = local.clamp(0, len(weight_shard) - 1)
     logit = target_logits(rows, weight_shard, local, bias_shard)
-    if logit_softcap is not None:
-        logit = logit_softcap * torch.tanh(logit / logit_softcap)
-    merged = _Merge.apply(logsumexp, logit / temperature, here.to(logit.dtype), group)
+    logit = final_logits(logit, logit_softcap, temperature)
+    merged = _Merge.apply(logsumexp, logit, here.to(logit.dtype), group)
     return merged.new_zeros(flat.shape).index_copy(0, kept, merged).view(targets.shape)
