@@ -11,7 +11,7 @@ from bpo_fast.ops.checks import IGNORE_INDEX, check_indices, check_same, check_t
 from bpo_fast.ops.linear_token_logps import check_head, linear_sequence_logps
 from bpo_fast.ops.rows import TokenStatistics, check_transform
 from bpo_fast.ops.token_logps import sequence_logps
-from bpo_fast.preference import desensitized, loss_config, mean_nll, sequence_preference
+from bpo_fast.preference import desensitized, loss_config, mean_aligned_logps, mean_nll, sequence_preference
 
 
 def _check_pairs(name, value, last, labels, ref_name, reference, ref_logps):
@@ -55,7 +55,7 @@ def _padded_preference(found, ref_logps, targets, config, with_statistics):
     """
     logps = found.logps
     ref_logps = ref_logps if found.ref_logps is None else found.ref_logps
-    nll = mean_aligned_logps = None
+    nll = aligned = None
     if config.ld_alpha is not None:
         nll = mean_nll(logps, found.num_tokens)
         counted = targets != IGNORE_INDEX
@@ -63,8 +63,7 @@ def _padded_preference(found, ref_logps, targets, config, with_statistics):
         if found.ref_token_logps is not None:
             ref_logps = _desensitized_sums(found.ref_token_logps, counted, found.num_tokens, config.ld_alpha)
     if config.use_weighting:
-        aligned = found.token_logps.detach() - found.statistics.log_sum_sq_probs
-        mean_aligned_logps = aligned.sum(1) / found.num_tokens.clamp(min=1)
+        aligned = mean_aligned_logps(found.token_logps, found.statistics, lambda x: x.sum(1), found.num_tokens)
     statistics = TokenStatistics(*(values[:, :-1] for values in found.statistics)) if with_statistics else None
     return sequence_preference(
         logps,
@@ -73,7 +72,7 @@ def _padded_preference(found, ref_logps, targets, config, with_statistics):
         found.token_logps[:, :-1],
         config,
         nll=nll,
-        mean_aligned_logps=mean_aligned_logps,
+        mean_aligned_logps=aligned,
         statistics=statistics,
     )
 

@@ -356,6 +356,14 @@ def desensitized(token_logps, offsets, pairs, num_tokens, ld_alpha):
     return torch.where(offsets < shorter[pairs], token_logps, ld_alpha * token_logps)
 
 
+def mean_aligned_logps(token_logps, statistics, sums, num_tokens):
+    """What `use_weighting` weighs by: the mean over a response's tokens of log p(token) - log sum_v p(v)^2 (WPO).
+
+    A constant, [2B]. `token_logps` and `statistics` have one shape; `sums` adds up such values over each response.
+    """
+    return sums(token_logps.detach() - statistics.log_sum_sq_probs) / num_tokens.clamp(min=1)
+
+
 def sequence_preference(
     logps,
     ref_logps,
@@ -379,8 +387,7 @@ def sequence_preference(
         config: LossConfig.
         nll: scalar, the loss "sft" where `mean_nll` of these sums is not it: with `ld_alpha`, or when these pairs are
             a part of a batch.
-        mean_aligned_logps: [2B], for `use_weighting`: the mean over a response's tokens of
-            log p(token) - log sum_v p(v)^2.
+        mean_aligned_logps: [2B], for `use_weighting`; see the function of that name.
         statistics: goes into the output; see `PreferenceOutput`.
 
     Returns:

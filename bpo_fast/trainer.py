@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ from bpo_fast.model import (
 )
 from bpo_fast.ops.rows import TokenStatistics
 from bpo_fast.packing import Packing
-from bpo_fast.preference import LOSS_OPTIONS, LossConfig, desensitized, sequence_preference
+from bpo_fast.preference import LOSS_OPTIONS, LossConfig, desensitized, mean_aligned_logps, sequence_preference
 from bpo_fast.preference_losses import F_DIVERGENCES, LOSSES, SORTED_LOSSES
 
 _COLUMNS = ("images", "image", "prompt", "chosen", "rejected")
@@ -236,23 +237,26 @@ class BPOTrainer(Trainer):
             with torch.no_grad(), unwrapped.disable_adapter():
                 ref_logps = _sums(model(**inputs).token_logps, packing, config.ld_alpha)
         policy = model(**inputs, with_statistics=True)
-        nll = mean_aligned_logps = None
+        logps = _sums(policy.token_logps, packing, config.ld_alpha)
+        num_tokens = _chosen_first(packing.num_tokens)
+        nll = aligned = None
         # The loss is a mean over this row's pairs, and becomes the row's share of the batch's below.
         share = packing.num_branches / 2 / row.num_groups
         if "sft" in config.loss_types:
-            chosen, _ = _sums(policy.token_logps, packing).chunk(2)
+            unweighted = logps if config.ld_alpha is None else _sums(policy.token_logps, packing)
+            chosen, _ = unweighted.chunk(2)
             nll = -chosen.sum() / row.num_chosen_tokens / share
         if config.use_weighting:
-            aligned = policy.token_logps.detach() - policy.statistics.log_sum_sq_probs
-            mean_aligned_logps = _sums(aligned, packing) / _chosen_first(packing.num_tokens)
+            sums = partial(_sums, packing=packing)
+            aligned = mean_aligned_logps(policy.token_logps, policy.statistics, sums, num_tokens)
         output = sequence_preference(
-            _sums(policy.token_logps, packing, config.ld_alpha),
+            logps,
             ref_logps,
-            _chosen_first(packing.num_tokens),
+            num_tokens,
             policy.token_logps,
             config,
             nll=nll,
-            mean_aligned_logps=mean_aligned_logps,
+            mean_aligned_logps=aligned,
             statistics=TokenStatistics(*(_sums(values, packing) for values in policy.statistics)),
         )
         pairs = {name: (values.sum(), len(values)) for name, values in output.pair_metrics().items()}
@@ -273,7 +277,7 @@ class BPOTrainer(Trainer):
         if waiting:
             names = list(waiting[0])
             numbers = [number for metrics in waiting for name in names for number in metrics[name]]
-            table = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=self.args.device) for x in numbers])
+            table = torch.stack([_float64(number, self.args.device) for number in numbers])
             sums = table.view(len(waiting), -1).sum(0)
             sums = torch.cat([sums, sums.new_tensor([self._num_train_tokens])])
             *sums, num_tokens = self.accelerator.reduce(sums, reduction="sum").tolist()
@@ -287,6 +291,13 @@ class BPOTrainer(Trainer):
 def _chosen_first(branches: torch.Tensor) -> torch.Tensor:
     """[2B] in the packed order chosen, rejected, chosen, ... -> [2B], all chosen and then all rejected."""
     return branches.view(-1, 2).t().reshape(-1)
+
+
+def _float64(number: torch.Tensor | int, device: torch.device) -> torch.Tensor:
+    """A scalar on the device; a host's number is filled in there, which unlike a copy waits for nothing."""
+    if isinstance(number, torch.Tensor):
+        return number.to(torch.float64)
+    return torch.full((), number, dtype=torch.float64, device=device)
 
 
 def _sums(token_logps: torch.Tensor, packing: Packing, ld_alpha: float | None = None) -> torch.Tensor:
