@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from liger_kernel.chunked_loss.dpo_loss import LigerFusedLinearDPOFunction
-from numerics import assert_within_contract, draw_targets, eager_token_logps
+from numerics import assert_within_contract, draw_targets, eager_statistics, eager_token_logps, final_logits
 
 from bpo_fast import PreferenceOutput, dpo_loss, linear_dpo_loss, losses, preference_loss
 
@@ -173,6 +173,47 @@ def test_reference_log_probs_given_or_computed_are_the_same():
     cached = dpo_loss(logits, labels, ref_logps=ref_logps)
     assert torch.equal(live.loss, cached.loss)
     assert torch.equal(live.chosen_rewards, cached.chosen_rewards)
+
+
+@pytest.mark.parametrize("loss", ["dpo_loss", "linear_dpo_loss"])
+def test_temperature_cap_adapter_and_statistics_reach_the_loss(loss):
+    generator = torch.Generator().manual_seed(5)
+    shapes = ((4, 6, 8), (4, 6, 8), (31, 8), (3, 8), (31, 3))
+    hidden, ref_hidden, head, lora_A, lora_B = (
+        torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in shapes
+    )
+    labels = draw_targets((4, 6), 31, generator)
+    transform = {"logit_softcap": 4.0, "temperature": 0.6}
+    adapted = hidden @ head.t() + 0.5 * hidden @ lora_A.t() @ lora_B.t()
+    if loss == "dpo_loss":
+        leaf = adapted.clone().requires_grad_()
+        output = dpo_loss(leaf, labels, ref_logits=ref_hidden @ head.t(), with_statistics=True, **transform)
+    else:
+        leaf = lora_B.clone().requires_grad_()
+        lora = {"lm_head_lora": (lora_A, leaf, 0.5)}
+        output = linear_dpo_loss(
+            hidden, head, labels, ref_hidden=ref_hidden, with_statistics=True, **transform, **lora
+        )
+        adapted = hidden @ head.t() + 0.5 * hidden @ lora_A.t() @ leaf.t()
+    logits = final_logits(leaf if loss == "dpo_loss" else adapted, **transform)
+    expected = eager_loss(logits, final_logits(ref_hidden @ head.t(), **transform), labels, "sigmoid", 0.1)
+    torch.testing.assert_close(output.loss, expected)
+    for found, wanted in zip(torch.autograd.grad(output.loss, leaf), torch.autograd.grad(expected, leaf), strict=True):
+        torch.testing.assert_close(found, wanted)
+    statistics = eager_statistics(logits.detach()[:, :-1], labels[:, 1:])
+    torch.testing.assert_close(torch.stack(tuple(output.statistics)), statistics)
+    assert output.metrics()["entropy"] == pytest.approx((statistics[0].sum() / (labels[:, 1:] != -100).sum()).item())
+
+
+def test_the_gradient_takes_the_place_of_the_logits_where_allowed():
+    logits, ref_logits, labels = torch.randn(2, 5, 9), torch.randn(2, 5, 9), torch.randint(0, 9, (2, 5))
+    grads = []
+    for inplace_backward in (False, True):
+        leaf = logits.clone().requires_grad_()
+        output = dpo_loss(leaf, labels, ref_logits=ref_logits, inplace_backward=inplace_backward)
+        grads.append(torch.autograd.grad(output.loss, leaf)[0])
+        assert (grads[-1].data_ptr() == leaf.data_ptr()) == inplace_backward
+    assert torch.equal(*grads)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
