@@ -79,7 +79,7 @@ def plain(function, trains_head=False):
 
 
 def lazy(load, trains_head=False):
-    """As `_plain`, of a function that `load(problem)` makes, so that a peer is imported only where it is run."""
+    """As `plain`, of a function that `load(problem)` makes, so that a peer is imported only where it is run."""
     return lambda problem: plain(load(problem), trains_head)(problem)
 
 
