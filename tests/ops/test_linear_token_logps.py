@@ -32,15 +32,14 @@ def chunk_rows(monkeypatch):
     return lambda rows: monkeypatch.setattr(head_sweep, "chunk_rows", lambda *_: rows)
 
 
-# With larger inputs the error is that of the products, which depends on their order of summation and so on luck: ours
-# and plain PyTorch's are then alike on average, but of a few tokens either may be the larger by far.
+# Some forty tokens: of a few, either error may be the larger by luck.
 # 8209 is above WIDENED_ROWS and no multiple of anything; a scratch of one row makes as many chunks as tokens.
 @settings(max_examples=40, deadline=None)
 @given(
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    shape=st.sampled_from([(0,), (1,), (13,), (2, 0), (2, 5)]),
+    shape=st.sampled_from([(0,), (1,), (40,), (2, 0), (2, 25)]),
     vocab_size=st.sampled_from([1, 2, 127, 8209]),
-    scale=st.sampled_from([0.3, 3.0, 10.0]),
+    scale=st.sampled_from([0.3, 3.0, 2000.0]),
     softcap=st.sampled_from([None, 5.0, 30.0]),
     temperature=st.sampled_from([1.0, 0.7]),
     with_bias=st.booleans(),
@@ -54,6 +53,9 @@ def test_contract_against_float64(
 ):
     generator = torch.Generator().manual_seed(seed)
     hidden_size = 24
+    # Logits of 1e4: float16 has no room for their gradients, and in float32 the error is that of the order in which a
+    # product is summed, alike on average but not draw by draw; `test_logits_of_ten_thousand` bounds that.
+    scale = min(scale, 3.0) if dtype != torch.bfloat16 else scale
     hidden = (torch.randn(*shape, hidden_size, generator=generator) * scale).to(dtype)
     weight = torch.randn(vocab_size, hidden_size, generator=generator).to(dtype)
     shapes = [(vocab_size,)] * with_bias + [(3, hidden_size), (vocab_size, 3)] * with_lora
