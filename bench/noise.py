@@ -13,8 +13,8 @@ import torch
 from measure import RESULTS, environment, interleaved, summary, write_json
 
 from bpo_fast import NoiseSchedule, add_noise
-from bpo_fast.ops.noise_ladder import add_noise_ladder
-from bpo_fast.ops.noise_rows import add_noise_rows
+from bpo_fast.ops.noise.ladder import add_noise_ladder
+from bpo_fast.ops.noise.rows import add_noise_rows
 
 STEP, SEED = 900, 0
 SCHEDULE = NoiseSchedule.sigmoid()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 
-from bpo_fast import native
+from bpo_fast.ops.noise import native
 
 # Required packages that can be installed and still fail to import, as when two of them do not fit.
 _IMPORTED = ("torch", "transformers", "peft", "accelerate", "datasets")
@@ -159,7 +159,7 @@ def _cuda_op():
 def _attention(device_type):
     name = f"attention on {device_type}"
     try:
-        from bpo_fast.attention import choose_backend
+        from bpo_fast.models.attention import choose_backend
 
         backend, reason = choose_backend(device_type)
     except Exception as error:  # transformers or torch broken: said above, and the report goes on

@@ -1,5 +1,5 @@
 // Python's view of the extension: pointers as integers, sizes in elements. Nothing is checked here beyond the dtype
-// codes; bpo_fast.ops.noise and bpo_fast.ops.noise_rows check tensors.
+// codes; bpo_fast.ops.noise.add and bpo_fast.ops.noise.rows check tensors.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

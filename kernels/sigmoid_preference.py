@@ -1,6 +1,6 @@
 """The sigmoid DPO loss of a batch of pairs, its rewards, and its gradient by each sequence log-prob, in one launch.
 
-The formula is that of `sigmoid` in `bpo_fast/preference_losses.py`, which it is tested against. In PyTorch its dozen
+The formula is that of `sigmoid` in `bpo_fast/losses/table.py`, which it is tested against. In PyTorch its dozen
 steps over a handful of numbers would take as long as the kernels that read the logits.
 """
 

@@ -5,7 +5,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 
-from bpo_fast import doctor, native
+from bpo_fast import doctor
+from bpo_fast.ops.noise import native
 
 
 def finding(name):

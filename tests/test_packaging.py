@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from bpo_fast import native
+from bpo_fast.ops.noise import native
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHS = {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"}
-NOT_SOURCE = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "*.so", "__pycache__", "runs")
+NOT_SOURCE = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "*.so", "__pycache__")
 
 
 def python(code, *, cwd, path=()):
@@ -130,6 +130,7 @@ def wheel(tmp_path_factory):
     for name in ("sdist", "wheel"):
         (folder / name).mkdir()
     shutil.copytree(ROOT, folder / "copy", symlinks=True, ignore=NOT_SOURCE)
+    shutil.rmtree(folder / "copy" / "runs", ignore_errors=True)
     sdist = build("build_sdist", folder / "copy", folder / "sdist")
     with tarfile.open(sdist) as archive:
         archive.extractall(folder / "unpacked", filter="data")
@@ -154,7 +155,7 @@ def test_a_wheel_without_cuda_works_and_says_what_is_missing(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
     code = (
-        "import bpo_fast.kernels\nfrom bpo_fast import native\n"
+        "import bpo_fast.kernels\nfrom bpo_fast.ops.noise import native\n"
         "print(bpo_fast.kernels.__path__[0])\nprint(native.extension().cuda_archs)\n"
         "try:\n    native.cuda_extension()\nexcept RuntimeError as error:\n    print(error)"
     )

@@ -13,14 +13,14 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from bpo_fast.bootstrap.generation import GenerationSettings, check_processor, generate
-from bpo_fast.bootstrap.journal import Journal
-from bpo_fast.bootstrap.weaken import TARGETS, resolve_schedule, weaken
+from bpo_fast.answers.generate import GenerationSettings, check_processor, generate
 from bpo_fast.data.annotations import Skip, check_response, read_annotations, read_image
-from bpo_fast.data.files import claim_folder, write_json, write_jsonl
 from bpo_fast.data.formats import preference_row
 from bpo_fast.data.pairs import METADATA_FILE, PAIRS_FILE, load_preference_dataset, write_pairs
-from bpo_fast.model import load_model, load_processor
+from bpo_fast.models.load import load_model, load_processor
+from bpo_fast.models.weaken import TARGETS, resolve_schedule, weaken
+from bpo_fast.runs.files import claim_folder, write_json, write_jsonl
+from bpo_fast.runs.journal import Journal
 
 JOURNAL_FILE = "responses.jsonl"
 SKIPPED_FILE = "skipped.jsonl"
@@ -69,7 +69,8 @@ def bootstrap(
         max_samples (`int` or `None`): so many rows, drawn uniformly by `seed`; None takes all.
         adapter: path of the LoRA adapter that `model` carries, or gets where `model` is a path; kept in the settings,
             so that responses of one adapter are not taken for another's.
-        model_init_kwargs (`dict` or `None`): further arguments of `bpo_fast.model.load_model` where `model` is a path.
+        model_init_kwargs (`dict` or `None`): further arguments of
+            `bpo_fast.models.load.load_model` where `model` is a path.
 
     Returns:
         `datasets.Dataset` as `load_preference_dataset(output_dir)` gives it, with columns `images`, `prompt`,

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from bpo_fast.data.files import read_json
+from bpo_fast.runs.files import read_json
 
 IMAGE_TAG = "<image>"
 

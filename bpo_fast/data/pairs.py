@@ -20,8 +20,8 @@ import pyarrow as pa
 from datasets import Dataset, Features, Image, List, Value, load_from_disk
 from datasets.table import InMemoryTable
 
-from bpo_fast.data.files import read_json, write_jsonl
 from bpo_fast.data.formats import to_preference_rows
+from bpo_fast.runs.files import read_json, write_jsonl
 
 PAIRS_FILE = "pairs.jsonl"
 METADATA_FILE = "metadata.json"

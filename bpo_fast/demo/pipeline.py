@@ -17,14 +17,15 @@ import torch
 from peft import LoraConfig
 
 from bpo_fast.bootstrap import bootstrap
-from bpo_fast.data.files import claim_folder, read_json, write_json
 from bpo_fast.data.pairs import load_preference_dataset
 from bpo_fast.demo import world
-from bpo_fast.demo.scoring import LogpsProbe, likelihood_by_step
+from bpo_fast.demo.probes import LogpsProbe, likelihood_by_step
 from bpo_fast.demo.tiny_llava import CHECKPOINT
 from bpo_fast.evaluate import evaluate
-from bpo_fast.model import enable_packed_forward, load_model, load_processor
-from bpo_fast.trainer import BPOConfig, BPOTrainer
+from bpo_fast.models.load import load_model, load_processor
+from bpo_fast.models.packed_forward import enable_packed_forward
+from bpo_fast.runs.files import claim_folder, read_json, write_json
+from bpo_fast.train.trainer import BPOConfig, BPOTrainer
 
 METHODS = {"bpo": "sigmoid", "sft": "sft"}  # loss_type of each
 LIKELIHOOD_STEPS = (None, 100, 200, 300, 400, 500, 600, 700, 800, 900, 999)

@@ -7,10 +7,10 @@ import re
 from html import escape
 from pathlib import Path
 
-from bpo_fast.data.files import read_json, replacing
 from bpo_fast.demo import world
-from bpo_fast.demo.figures import NAMES, likelihood_figure, logps_figure, scores_figure
 from bpo_fast.evaluate.run import ANSWERS_FILE
+from bpo_fast.report.figures import NAMES, likelihood_figure, logps_figure, scores_figure
+from bpo_fast.runs.files import read_json, replacing
 
 NUM_SAMPLES = 8
 

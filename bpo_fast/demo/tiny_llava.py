@@ -39,7 +39,7 @@ from transformers import (
 
 from bpo_fast.bootstrap import weaken
 from bpo_fast.demo import world
-from bpo_fast.demo.scoring import render_prompt
+from bpo_fast.demo.probes import render_prompt
 
 CHECKPOINT = Path(__file__).with_name("checkpoint")
 

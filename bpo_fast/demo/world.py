@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
-from bpo_fast.data.files import write_json
+from bpo_fast.runs.files import write_json
 
 COLORS = {
     "red": (214, 48, 49),

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from bpo_fast.bootstrap.generation import GenerationSettings, check_processor, generate
-from bpo_fast.bootstrap.journal import Journal
+from bpo_fast.answers.generate import GenerationSettings, check_processor, generate
 from bpo_fast.data.annotations import read_image
+from bpo_fast.runs.journal import Journal
 
 
 def generate_answers(

@@ -6,10 +6,10 @@ import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from bpo_fast.data.files import claim_folder, read_json, write_json
 from bpo_fast.evaluate.answers import check_questions, generate_answers
 from bpo_fast.evaluate.chair import ObjectMatcher, score_chair
 from bpo_fast.evaluate.pope import score_pope
+from bpo_fast.runs.files import claim_folder, read_json, write_json
 
 KINDS = {"chair": "objects", "pope": "label"}  # the field of a question that holds the truth
 ANSWERS_FILE = "answers.jsonl"
@@ -35,7 +35,7 @@ def evaluate(
     settings) into `output_dir`.
 
     Args:
-        model, processor: as `bpo_fast.model.load_model` and `load_processor` give them.
+        model, processor: as `bpo_fast.models.load.load_model` and `load_processor` give them.
         questions: JSON list of `{id, image, question}` with `objects` (list of names, for "chair") or `label` ("yes" |
             "no", for "pope"); other fields are left alone.
         image_folder: folder that the `image` paths start from.

@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 from tiny_models import SPECIAL
 
+from bpo_fast.answers.generate import GenerationSettings, generate
 from bpo_fast.bootstrap import bootstrap, weaken
-from bpo_fast.bootstrap.generation import GenerationSettings, generate
-from bpo_fast.bootstrap.journal import Journal
 from bpo_fast.data import load_preference_dataset, read_annotations, read_image
-from bpo_fast.data.files import read_json
+from bpo_fast.runs.files import read_json
+from bpo_fast.runs.journal import Journal
 
 OUTPUTS = ("pairs.jsonl", "skipped.jsonl", "metadata.json", "responses.jsonl")
 OPTIONS = {"step": 700, "seed": 5, "max_new_tokens": 5, "batch_size": 2}
@@ -149,7 +149,7 @@ KILLED = """
 import os, signal, sys
 from tiny_models import SPECIAL, make_llava, make_processor
 from bpo_fast.bootstrap import bootstrap
-from bpo_fast.bootstrap.journal import Journal
+from bpo_fast.runs.journal import Journal
 append, batches = Journal.append, []
 def kill(journal, rows):
     append(journal, rows)

@@ -4,12 +4,12 @@ from importlib import import_module
 import pytest
 
 MODULES = [
-    "bpo_fast.bootstrap.generation",
-    "bpo_fast.bootstrap.journal",
+    "bpo_fast.answers.generate",
+    "bpo_fast.runs.journal",
     "bpo_fast.data.annotations",
-    "bpo_fast.data.files",
+    "bpo_fast.runs.files",
     "bpo_fast.data.formats",
-    "bpo_fast.recipe",
+    "bpo_fast.cli.recipe",
 ]
 
 

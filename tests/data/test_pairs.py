@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bpo_fast.data.files import write_json
 from bpo_fast.data.formats import preference_row
 from bpo_fast.data.pairs import fingerprint, load_preference_dataset, write_pairs
+from bpo_fast.runs.files import write_json
 
 
 @pytest.fixture

@@ -5,13 +5,14 @@ import random
 import pytest
 import torch
 
+from bpo_fast.answers.generate import GenerationSettings, check_processor, generate
 from bpo_fast.bootstrap import weaken
-from bpo_fast.bootstrap.generation import GenerationSettings, check_processor, generate
-from bpo_fast.data.files import read_json
 from bpo_fast.demo import tiny_llava, world
-from bpo_fast.demo.scoring import likelihood_by_step
+from bpo_fast.demo.probes import likelihood_by_step
 from bpo_fast.evaluate.chair import ObjectMatcher
-from bpo_fast.model import enable_packed_forward, load_model, load_processor
+from bpo_fast.models.load import load_model, load_processor
+from bpo_fast.models.packed_forward import enable_packed_forward
+from bpo_fast.runs.files import read_json
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from numerics import (
 
 from bpo_fast import dpo_loss, linear_dpo_loss, linear_token_logps, token_logps
 from bpo_fast.kernels.heuristics import row_launch
+from bpo_fast.losses.preference import LossConfig, sequence_preference
 from bpo_fast.ops.rows import num_processors
-from bpo_fast.preference import LossConfig, sequence_preference
 
 pytestmark = [
     pytest.mark.gpu,

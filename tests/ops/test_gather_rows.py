@@ -1,7 +1,7 @@
 import torch
 
+from bpo_fast.models.packing import Group, pack
 from bpo_fast.ops.gather_rows import gather_rows
-from bpo_fast.packing import Group, pack
 
 
 def test_gradient_is_that_of_indexing():

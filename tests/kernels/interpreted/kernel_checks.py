@@ -15,14 +15,15 @@ from numerics import (
     gradients,
 )
 
-from bpo_fast import dpo_loss, linear_token_logps, preference, token_logps
+from bpo_fast import dpo_loss, linear_token_logps, token_logps
 from bpo_fast.kernels import heuristics
 from bpo_fast.kernels import sequence_logps as kernels
 from bpo_fast.kernels import sigmoid_preference as preference_kernel
+from bpo_fast.losses import preference
+from bpo_fast.losses.preference import LossConfig, sequence_preference
 from bpo_fast.ops import head_sweep
 from bpo_fast.ops import token_logps as logits_op
 from bpo_fast.ops.linear_token_logps import linear_logsumexp
-from bpo_fast.preference import LossConfig, sequence_preference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # The interpreter casts to bfloat16 towards zero, a GPU to nearest: one unit in the last place.

@@ -1,0 +1,203 @@
+"""Preference losses of a model's output: from logits (`dpo_loss`) or from hidden states (`linear_dpo_loss`).
+
+Both make sequence log-probs and hand them to `bpo_fast.losses.preference`; formulas and sources of the losses are in
+`bpo_fast.losses.table`.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from bpo_fast.losses.preference import desensitized, loss_config, mean_aligned_logps, mean_nll, sequence_preference
+from bpo_fast.ops.checks import IGNORE_INDEX, check_indices, check_same, check_tensor
+from bpo_fast.ops.linear_token_logps import check_head, linear_sequence_logps
+from bpo_fast.ops.rows import TokenStatistics, check_transform
+from bpo_fast.ops.token_logps import sequence_logps
+
+
+def _check_pairs(name, value, last, labels, ref_name, reference, ref_logps):
+    """The checks that both DPO losses share: `value` is [2B, T, last], the reference fits, at most one is given."""
+    check_tensor(name, value, ("2B", "T", last))
+    if not len(value) or len(value) % 2:
+        raise ValueError(
+            f"{name} must hold B chosen rows, then B rejected rows, B at least 1; got {len(value)} rows in "
+            f"{list(value.shape)}."
+        )
+    if not value.shape[2]:
+        raise ValueError(f"{name} must have {last} of at least 1, got {list(value.shape)}.")
+    check_indices("labels", labels, value.shape[:2])
+    check_same("labels", labels, name, value)
+    if reference is not None and ref_logps is not None:
+        raise ValueError(f"{ref_name} and ref_logps exclude each other: give one, or none for a reference-free loss.")
+    if reference is not None:
+        check_tensor(ref_name, reference, tuple(value.shape))
+        check_same(ref_name, reference, name, value)
+    if ref_logps is not None:
+        check_tensor("ref_logps", ref_logps, (len(value),))
+        if ref_logps.device != value.device:
+            raise ValueError(f"ref_logps is on {ref_logps.device} but {name} is on {value.device}; move one of them.")
+
+
+def _shifted(labels):
+    """The target of each position: the label of the next one, none for the last. Copies labels, never logits."""
+    return F.pad(labels[:, 1:].to(torch.int64), (0, min(1, labels.shape[1])), value=IGNORE_INDEX)
+
+
+def _desensitized_sums(token_logps, counted, num_tokens, ld_alpha):
+    """Sums [2B] of `desensitized` token log-probs [2B, T]; `counted` [2B, T] says which are a response's."""
+    pairs = torch.arange(len(num_tokens), device=num_tokens.device) % (len(num_tokens) // 2)
+    return desensitized(token_logps, counted.cumsum(1) - 1, pairs[:, None], num_tokens, ld_alpha).sum(-1)
+
+
+def _padded_preference(found, ref_logps, targets, config, with_statistics):
+    """The loss of padded rows, whose last position predicts nothing, from their `SequenceLogps`.
+
+    `ref_logps` [2B] are the caller's own, or None.
+    """
+    logps = found.logps
+    ref_logps = ref_logps if found.ref_logps is None else found.ref_logps
+    nll = aligned = None
+    if config.ld_alpha is not None:
+        nll = mean_nll(logps, found.num_tokens)
+        counted = targets != IGNORE_INDEX
+        logps = _desensitized_sums(found.token_logps, counted, found.num_tokens, config.ld_alpha)
+        if found.ref_token_logps is not None:
+            ref_logps = _desensitized_sums(found.ref_token_logps, counted, found.num_tokens, config.ld_alpha)
+    if config.use_weighting:
+        aligned = mean_aligned_logps(found.token_logps, found.statistics, lambda x: x.sum(1), found.num_tokens)
+    statistics = TokenStatistics(*(values[:, :-1] for values in found.statistics)) if with_statistics else None
+    return sequence_preference(
+        logps,
+        ref_logps,
+        found.num_tokens,
+        found.token_logps[:, :-1],
+        config,
+        nll=nll,
+        mean_aligned_logps=aligned,
+        statistics=statistics,
+    )
+
+
+def dpo_loss(
+    policy_logits,
+    labels,
+    *,
+    ref_logits=None,
+    ref_logps=None,
+    logit_softcap=None,
+    temperature=1.0,
+    beta=0.1,
+    loss_type="sigmoid",
+    label_smoothing=0.0,
+    average_logps=False,
+    with_statistics=False,
+    inplace_backward=False,
+    **loss_options,
+):
+    """Preference loss of B pairs from the policy's logits.
+
+    Args:
+        policy_logits: [2B, T, V], rows 0..B-1 chosen, B..2B-1 rejected; float16, bfloat16, float32 or float64.
+            Log-probs and loss are computed in float32 (float64 for float64).
+        labels: int64 or int32 [2B, T], the input tokens at their own positions, -100 = ignored. The shift by one
+            happens inside and copies no logits.
+        ref_logits: the reference's, like policy_logits; a constant. Read in the same launch on CUDA.
+        ref_logps: [2B], the reference's sequence log-probs, summed over the response's tokens (with `ld_alpha` as the
+            policy's are: the tail weighed by it). Excludes ref_logits; neither means a reference-free loss.
+        logit_softcap: cap c of logits c * tanh(logits / c), or None. Logits of a model that caps its own (Gemma 2)
+            need none.
+        temperature: divides the logits, after the cap.
+        beta, loss_type, label_smoothing, average_logps: as in `LossConfig`. Log-probs and rewards of the output stay
+            sums.
+        with_statistics: also give what TRL logs of the policy's tokens (`entropy`, `mean_token_accuracy`, ...), from
+            the same pass.
+        inplace_backward: let the backward pass write the gradient over policy_logits, which nothing else may then
+            read; it saves their size in memory.
+        loss_options: the further fields of `bpo_fast.LossConfig`: loss_weights, ld_alpha, f_divergence_type,
+            f_alpha_divergence_coef, use_weighting, discopop_tau, simpo_gamma.
+
+    Returns:
+        PreferenceOutput.
+
+    Raises:
+        TypeError, ValueError: arguments whose kind, shape, dtype, device or range does not fit, unknown options.
+
+    >>> import torch
+    >>> logits = torch.zeros(2, 3, 5)
+    >>> output = dpo_loss(logits, torch.tensor([[-100, 1, 2], [-100, 3, -100]]), ref_logits=logits)
+    >>> output.loss, output.chosen_logps
+    (tensor(0.6931), tensor([-3.2189]))
+    """
+    config = loss_config(
+        beta=beta, loss_type=loss_type, label_smoothing=label_smoothing, average_logps=average_logps, **loss_options
+    )
+    _check_pairs("policy_logits", policy_logits, "V", labels, "ref_logits", ref_logits, ref_logps)
+    check_transform(logit_softcap, temperature)
+    targets = _shifted(labels)
+    found = sequence_logps(
+        policy_logits,
+        ref_logits,
+        targets,
+        logit_softcap=logit_softcap,
+        temperature=temperature,
+        with_statistics=with_statistics or config.use_weighting,
+        inplace_backward=inplace_backward,
+    )
+    return _padded_preference(found, ref_logps, targets, config, with_statistics)
+
+
+def linear_dpo_loss(
+    policy_hidden,
+    lm_head_weight,
+    labels,
+    *,
+    ref_hidden=None,
+    ref_logps=None,
+    lm_head_bias=None,
+    lm_head_lora=None,
+    logit_softcap=None,
+    temperature=1.0,
+    beta=0.1,
+    loss_type="sigmoid",
+    label_smoothing=0.0,
+    average_logps=False,
+    with_statistics=False,
+    **loss_options,
+):
+    """Preference loss of B pairs from the last hidden states: `dpo_loss` without logits (see `linear_token_logps`).
+
+    Args:
+        policy_hidden: [2B, T, H], rows 0..B-1 chosen, B..2B-1 rejected.
+        lm_head_weight: [V, H]; lm_head_bias: [V] or None.
+        lm_head_lora: an adapter on the head, (lora_A [r, H], lora_B [V, r], scaling) as PEFT holds them, or None. The
+            reference goes without it.
+        labels: as in `dpo_loss`; only positions that predict a response token meet the head.
+        ref_hidden: the reference's, like policy_hidden, through the same head; a constant. Few rows go through the
+            head together with the policy's.
+        The other arguments, the result and the errors are those of `dpo_loss`.
+
+    >>> import torch
+    >>> hidden, head = torch.ones(2, 3, 4), torch.zeros(5, 4)
+    >>> output = linear_dpo_loss(hidden, head, torch.tensor([[-100, 1, 2], [-100, 3, -100]]), ref_hidden=hidden)
+    >>> output.loss, output.chosen_logps
+    (tensor(0.6931), tensor([-3.2189]))
+    """
+    config = loss_config(
+        beta=beta, loss_type=loss_type, label_smoothing=label_smoothing, average_logps=average_logps, **loss_options
+    )
+    _check_pairs("policy_hidden", policy_hidden, "H", labels, "ref_hidden", ref_hidden, ref_logps)
+    head = ("lm_head_weight", lm_head_weight, "lm_head_bias", lm_head_bias, "lm_head_lora", lm_head_lora)
+    check_head("policy_hidden", policy_hidden, *head)
+    check_transform(logit_softcap, temperature)
+    targets = _shifted(labels)
+    found = linear_sequence_logps(
+        policy_hidden,
+        ref_hidden,
+        lm_head_weight,
+        targets,
+        bias=lm_head_bias,
+        logit_softcap=logit_softcap,
+        temperature=temperature,
+        lora=lm_head_lora,
+        with_statistics=with_statistics or config.use_weighting,
+    )
+    return _padded_preference(found, ref_logps, targets, config, with_statistics)

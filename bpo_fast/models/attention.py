@@ -1,0 +1,179 @@
+"""Attention over packed rows whose branches share a prefix, registered with transformers as `bpo_fast_packed`.
+
+The model's own modules call it through transformers' attention interface; the `Packing` reaches it as the keyword
+argument `packing`. Without one (generation, an unpacked forward) it is transformers' SDPA attention, so a model can
+keep this implementation switched on for its whole life.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from bpo_fast.models.packing import Packing
+from bpo_fast.ops.gather_rows import gather_rows
+
+ATTENTION_NAME = "bpo_fast_packed"
+
+_HALF_DTYPES = (torch.float16, torch.bfloat16)
+
+
+@functools.cache
+def choose_backend(device_type: str, dtype: torch.dtype = torch.bfloat16) -> tuple[str, str]:
+    """The back end that packed attention uses on a device, and why.
+
+    Args:
+        device_type: "cuda", "cpu", ...
+        dtype: of queries, keys and values.
+
+    Returns:
+        (name, reason), name one of "flash_attn", "torch_varlen", "sdpa".
+
+    Example:
+        >>> choose_backend("cpu")[0]
+        'sdpa'
+    """
+    if device_type != "cuda":
+        return "sdpa", f"variable-length FlashAttention needs a CUDA device, and this one is '{device_type}'"
+    if dtype not in _HALF_DTYPES:
+        return "sdpa", f"FlashAttention takes float16 and bfloat16 only, and the tensors are {dtype}"
+    if find_spec("flash_attn") is not None:
+        return "flash_attn", "flash-attn is installed"
+    if find_spec("torch.nn.attention.varlen") is not None:
+        return "torch_varlen", "flash-attn is not installed; torch's own variable-length FlashAttention is there"
+    return "sdpa", "neither flash-attn nor torch.nn.attention.varlen is there; pip install flash-attn, or torch>=2.11"
+
+
+@functools.cache
+def _torch_varlen():
+    """torch's varlen_attn with causal alignment at the bottom right, whichever way this release spells it."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    causal = (
+        {"is_causal": True} if "is_causal" in inspect.signature(varlen_attn).parameters else {"window_size": (-1, 0)}
+    )
+    return functools.partial(varlen_attn, **causal)
+
+
+def _varlen_attention(query, key, value, packing, scaling, backend):
+    """query [S, heads, D], key and value [S, kv_heads, D] -> [S, heads, D] by one variable-length call."""
+    key = gather_rows(key, packing.kv_index, packing.kv_rounds)
+    value = gather_rows(value, packing.kv_index, packing.kv_rounds)
+    bounds = (packing.cu_seqlens_q, packing.cu_seqlens_k, packing.max_seqlen_q, packing.max_seqlen_k)
+    if backend == "flash_attn":
+        from flash_attn import flash_attn_varlen_func
+
+        return flash_attn_varlen_func(query, key, value, *bounds, softmax_scale=scaling, causal=True)
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    return _torch_varlen()(query, key, value, *bounds, scale=scaling)
+
+
+def _sdpa_segments(query, key, value, packing, scaling):
+    """query [1, heads, S, D], key and value [1, kv_heads, S, D] -> [1, heads, S, D], segment by segment.
+
+    The keys are cut by `split`, whose backward is one concatenation; each slice would write a gradient of the whole
+    row.
+    """
+    pieces = [n for p, b in zip(packing.prefix_lengths, packing.branch_lengths, strict=True) for n in (p, *b)]
+    keys, values = key.split(pieces, dim=2), value.split(pieces, dim=2)
+    segments = [
+        n for p, b in zip(packing.prefix_lengths, packing.branch_lengths, strict=True) for n in (p + b[0], *b[1:])
+    ]
+    queries = iter(query.split(segments, dim=2))
+    grouped = query.shape[1] != key.shape[1]
+    outputs, piece = [], 0
+    for branches in packing.branch_lengths:
+        prefix = piece
+        for number, length in enumerate(branches):
+            piece += 1
+            k = torch.cat([keys[prefix], keys[piece]], dim=2)
+            v = torch.cat([values[prefix], values[piece]], dim=2)
+            # The first segment has as many queries as keys; a later one has its queries at the end of its keys.
+            mask = None
+            if number > 0:
+                mask = torch.ones(length, k.shape[2], dtype=torch.bool, device=k.device).tril(k.shape[2] - length)
+            outputs.append(
+                F.scaled_dot_product_attention(
+                    next(queries), k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+                )
+            )
+        piece += 1
+    return torch.cat(outputs, dim=2)
+
+
+def packed_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing, *, scaling: float | None = None
+) -> torch.Tensor:
+    """Causal attention of one packed row: every branch sees its prefix and itself.
+
+    Args:
+        query: [1, heads, S, D].
+        key, value: [1, kv_heads, S, D]; heads is a multiple of kv_heads.
+        packing: of the S tokens.
+        scaling: factor of the scores, 1 / sqrt(D) by default.
+
+    Returns:
+        [1, S, heads, D], as transformers' attention functions give it.
+
+    Raises:
+        ValueError: the batch is not one row, or S is not the packing's.
+
+    Example:
+        >>> from bpo_fast.models.packing import Group, pack
+        >>> q = torch.randn(1, 2, 5, 8)
+        >>> packed_attention(q, q, q, pack([Group([1, 2], [[3], [4, 5]])])).shape
+        torch.Size([1, 5, 2, 8])
+    """
+    rows = len(packing.input_ids)
+    if query.shape[0] != 1 or query.shape[2] != rows:
+        raise ValueError(
+            f"query: found shape {tuple(query.shape)}, expected [1, heads, {rows}, D] for a packing of {rows} tokens; "
+            "pass the packed row alone, without a cache."
+        )
+    backend, _ = choose_backend(query.device.type, query.dtype)
+    if backend == "sdpa":
+        return _sdpa_segments(query, key, value, packing, scaling).transpose(1, 2)
+    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
+    return _varlen_attention(q, k, v, packing, scaling, backend)[None]
+
+
+def packed_attention_forward(
+    module, query, key, value, attention_mask, *, scaling=None, dropout=0.0, packing: Packing | None = None, **kwargs
+):
+    """The attention function that transformers calls; see `packed_attention`. Without `packing`, plain SDPA."""
+    if packing is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+    if dropout:
+        raise ValueError(
+            f"attention_dropout: found {dropout}, expected 0; preference training compares log-probs of one "
+            "policy, so set config.attention_dropout = 0."
+        )
+    window = kwargs.get("sliding_window")
+    if window is not None and window < packing.max_seqlen_k:
+        raise ValueError(
+            f"sliding_window: found {window}, expected None or at least the {packing.max_seqlen_k} positions of the "
+            "longest sequence; lower max_length."
+        )
+    if kwargs.get("softcap") is not None:
+        raise ValueError(
+            f"softcap: found {kwargs['softcap']} on the attention scores, expected None; packed attention does not "
+            "compute capped scores."
+        )
+    return packed_attention(query, key, value, packing, scaling=scaling), None
+
+
+AttentionInterface.register(ATTENTION_NAME, packed_attention_forward)
+# Unpacked calls fall through to SDPA and so need its mask. A packed forward passes a ready 4-D mask, which
+# transformers hands on as it is, and no [S, S] mask is ever made.
+AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)

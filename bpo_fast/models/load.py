@@ -1,0 +1,102 @@
+"""Load a vision-language model, its adapter and its processor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+from transformers.utils import is_bitsandbytes_available
+
+
+def load_processor(path: str | Path) -> ProcessorMixin:
+    """The processor saved with a model, set up as training and generation here need it.
+
+    Raises:
+        ValueError: there is no processor at `path`, or it has no chat template.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"processor: none could be loaded from '{path}'; {_first_line(error)}") from error
+    if not isinstance(processor, ProcessorMixin):
+        raise ValueError(
+            f"processor: '{path}' holds a {type(processor).__name__}, expected a processor of images and text; name a "
+            "vision-language model."
+        )
+    if processor.chat_template is None:
+        raise ValueError(
+            f"processor: '{path}' has no chat template, which turns a conversation into the model's prompt; add a "
+            "chat_template.jinja to it."
+        )
+    if processor.tokenizer.pad_token is None:
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    return processor
+
+
+def load_model(
+    path: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    adapter: str | Path | None = None,
+    quantization: str | None = None,
+) -> PreTrainedModel | PeftModel:
+    """Load a vision-language model for evaluation, bootstrapping or training.
+
+    Args:
+        path: a folder written by `save_pretrained`, or a model id.
+        dtype: of the weights; "auto" keeps that of the checkpoint.
+        device: where to put it; by default the first CUDA device, or else the CPU.
+        adapter: folder of a LoRA adapter to put on top, as training leaves it.
+        quantization: "nf4" holds the language model's linears in 4 bits with double quantisation, None does not.
+
+    Returns:
+        The model in evaluation mode; a `PeftModel` when an adapter was named.
+
+    Raises:
+        ValueError: nothing can be loaded from `path` or `adapter`, or `quantization` is unknown.
+        ImportError: `quantization` needs bitsandbytes and it is not installed.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    options = {"dtype": dtype, "device_map": {"": device}, "use_safetensors": True}
+    if quantization == "nf4":
+        if not is_bitsandbytes_available():
+            raise ImportError("quantization: 'nf4' needs bitsandbytes; pip install 'bpo-fast[qlora]'.")
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            # What is not the language model stays as it is: the vision part is small, and it makes the features.
+            llm_int8_skip_modules=["lm_head", "vision_tower", "vision_model", "multi_modal_projector"],
+        )
+    elif quantization is not None:
+        raise ValueError(f"quantization: found '{quantization}', expected 'nf4' or None.")
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(path, **options)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model: none could be loaded from '{path}'; {_first_line(error)}") from error
+    if adapter is not None:
+        try:
+            model = PeftModel.from_pretrained(model, adapter)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"adapter: none could be loaded from '{adapter}'; {_first_line(error)}") from error
+    return model.eval()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model under a LoRA adapter, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model

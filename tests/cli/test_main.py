@@ -1,0 +1,164 @@
+import json
+import random
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_models import SPECIAL
+
+from bpo_fast.cli import main as cli
+from bpo_fast.train.trainer import BPOConfig, BPOTrainer
+
+BOOTSTRAP = ["--step", "700", "--max_new_tokens", "5", "--batch_size", "2"]
+TRAIN = ["--use_cpu", "--max_steps", "4", "--save_steps", "2", "--learning_rate", "1e-2", "--lora_r", "4"]
+TRAIN += ["--per_device_train_batch_size", "2", "--report_to", "none", "--disable_tqdm", "true"]
+RUN = ["--config", "run.yaml", "--output_dir", "o"]
+
+
+@pytest.fixture
+def world(tiny_llava, tmp_path, monkeypatch):
+    """A folder with a saved model, pictures and annotations; commands run in it."""
+    monkeypatch.chdir(tmp_path)
+    model, processor = tiny_llava
+    model.lm_head.weight.data[: len(SPECIAL)] = 0  # so that every response has words
+    model.save_pretrained("model")
+    processor.save_pretrained("model")
+    Path("images").mkdir()
+    rows = []
+    for number in range(4):
+        Image.frombytes("RGB", (16, 16), random.Random(number).randbytes(768)).save(f"images/{number}.png")
+        turns = [{"from": "human", "value": f"<image>\nw{number}"}, {"from": "gpt", "value": f"w3 w{number}"}]
+        rows.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
+    rows[3]["conversations"][1]["value"] = ""
+    Path("data.json").write_text(json.dumps(rows))
+    Path("run.yaml").write_text(
+        "model_name_or_path: model\nimage_folder: images\nbootstrap: {annotations: data.json}\n"
+    )
+    return tmp_path
+
+
+def run(*argv):
+    return cli.main([argv[0], "--config", "run.yaml", *argv[1:]])
+
+
+def adapter(folder):
+    return load_file(Path(folder) / "adapter_model.safetensors")
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_from_annotations_to_scores(world, capsys):
+    assert run("bootstrap", "--output_dir", "pairs", *BOOTSTRAP) == 0
+    assert "3 pairs of 4 rows in pairs; 1 skipped (reasons in skipped.jsonl)" in capsys.readouterr().out
+    assert run("train", "--dataset", "pairs", "--output_dir", "bpo", *TRAIN) == 0
+    assert "adapter in bpo" in capsys.readouterr().out
+    assert any(bool(weight.any()) for name, weight in adapter("bpo").items() if "lora_B" in name)
+    questions = [{"id": "a", "image": "0.png", "question": "w1", "label": "yes"}]
+    Path("questions.json").write_text(json.dumps(questions))
+    options = ["--questions", "questions.json", "--kind", "pope", "--adapter", "bpo", "--max_new_tokens", "3"]
+    assert run("evaluate", "--output_dir", "scores", *options) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(Path("scores/scores.json").read_text())
+
+
+def test_a_stopped_training_ends_with_the_same_adapter(world, capsys, monkeypatch):
+    run("bootstrap", "--output_dir", "pairs", *BOOTSTRAP)
+    run("train", "--dataset", "pairs", "--output_dir", "whole", *TRAIN)
+    training_step = BPOTrainer.training_step
+
+    def stop(trainer, *args, **kwargs):
+        if trainer.state.global_step == 3:
+            raise KeyboardInterrupt
+        return training_step(trainer, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BPOTrainer, "training_step", stop)
+        assert run("train", "--dataset", "pairs", "--output_dir", "bpo", *TRAIN) == 130
+    captured = capsys.readouterr()
+    assert "bpo-fast: interrupted; the same command goes on where this one stopped." in captured.err
+    assert not Path("bpo/adapter_model.safetensors").exists()
+    assert run("train", "--dataset", "pairs", "--output_dir", "bpo", *TRAIN) == 0
+    assert "resuming from bpo/checkpoint-2" in capsys.readouterr().out
+    assert same(adapter("bpo"), adapter("whole"))
+    for option, message in [
+        (["--learning_rate", "0.1"], "(learning_rate is 0.01 there and 0.1 here)"),
+        (["--lora_r", "2"], "(lora_r is 4 there and 2 here)"),
+    ]:
+        assert run("train", "--dataset", "pairs", "--output_dir", "bpo", *TRAIN, *option) == 2
+        assert f"output_dir bpo holds another run {message}" in capsys.readouterr().err
+    assert run("train", "--dataset", "pairs", "--output_dir", "bpo", *TRAIN, "--logging_steps", "1") == 0
+    assert run("train", "--dataset", "pairs", "--output_dir", "images", *TRAIN) == 2
+    assert "images is not empty and has no run.json" in capsys.readouterr().err
+
+
+def test_sft_trains_another_adapter_on_the_same_pairs(world):
+    run("bootstrap", "--output_dir", "pairs", *BOOTSTRAP)
+    for loss_type in ("sigmoid", "sft"):
+        assert run("train", "--dataset", "pairs", "--output_dir", loss_type, *TRAIN, "--loss_type", loss_type) == 0
+    assert not same(adapter("sigmoid"), adapter("sft"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["fly"], "invalid choice: 'fly'"),
+        (["bootstrap"], "the following arguments are required: --model_name_or_path"),
+        (["train", "--config", "none.yaml"], "recipe none.yaml is neither a file"),
+        (["train", *RUN, "--dataset", "none"], "dataset none does not exist"),
+        (["train", *RUN, "--dataset", "images"], "dataset images holds neither metadata.json nor a saved data set"),
+        (["train", *RUN, "--dataset", "x", "--loss_type", "dpo"], "loss_type"),
+        (["bootstrap", *RUN, "--annotations", "none.json"], "none.json does not exist or is not a file"),
+        (["bootstrap", *RUN, "--image_folder", "none"], "image_folder none does not exist"),
+        (["bootstrap", *RUN, "--adapter", "images"], "adapter: none could be loaded from 'images'"),
+        (["bootstrap", *RUN, "--model_name_or_path", "none"], "none could be loaded from 'none'"),
+        (["doctor", "--fast"], "unrecognized arguments: --fast"),
+        (["demo", "--seeds", "a"], "argument --seeds: invalid int value: 'a'"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_status_2(world, capsys, argv, message):
+    assert cli.main(argv) == 2
+    error = capsys.readouterr().err.splitlines()[-1]  # a progress bar of loading weights may stand before
+    assert error.startswith("bpo-fast: error: ")
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_traceback_is_there_for_who_asks(world):
+    with pytest.raises(FileNotFoundError, match="dataset none does not exist"):
+        cli.main(["--traceback", "train", *RUN, "--dataset", "none"])
+
+
+def test_demo_and_doctor_are_called(monkeypatch):
+    from bpo_fast import doctor
+    from bpo_fast.demo import pipeline
+
+    calls = []
+    monkeypatch.setattr(pipeline, "run", lambda output_dir, seeds: calls.append((output_dir, seeds)))
+    assert cli.main(["demo", "--output_dir", "out", "--seeds", "1", "2"]) == 0
+    assert calls == [("out", (1, 2))]
+    monkeypatch.setattr(doctor, "run", lambda: 1)
+    assert cli.main(["doctor"]) == 1
+
+
+def test_help_needs_no_heavy_import():
+    code = (
+        "import sys; from bpo_fast.cli import main as cli\n"
+        "try:\n    cli.main(['--help'])\n"
+        "except SystemExit as stop:\n    assert not stop.code\n"
+        "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert all(f"  {name} " in result.stdout for name in cli.COMMANDS)
+
+
+def test_the_fields_that_decide_a_run_are_fields_of_the_config():
+    names = {field.name for field in fields(BPOConfig)}
+    assert set(cli._DECIDING_FIELDS) <= names

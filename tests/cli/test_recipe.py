@@ -1,0 +1,135 @@
+from pathlib import Path
+
+import pytest
+
+from bpo_fast.cli.recipe import BootstrapArguments, EvaluateArguments, TrainArguments, parse_arguments
+from bpo_fast.train.trainer import BPOConfig
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+BOOTSTRAP = ["--annotations", "a.json", "--image_folder", "images", "--output_dir", "out"]
+MODEL = ["--model_name_or_path", "llava"]
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(text):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text)
+        return ["--config", str(path)]
+
+    return write
+
+
+def bootstrap(*argv):
+    return parse_arguments([BootstrapArguments], [*BOOTSTRAP, *argv], command="bootstrap")[0]
+
+
+def train(*argv):
+    options = ["--dataset", "pairs", "--output_dir", "out", "--use_cpu"]
+    return parse_arguments([TrainArguments, BPOConfig], [*argv, *options], command="train")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_read_by_every_command(path):
+    # bfloat16 autocast is refused without hardware for it
+    train_arguments, config = train("--config", str(path), "--bf16", "false")
+    questions = ["--questions", "q.json", "--kind", "pope", "--image_folder", "images", "--output_dir", "out"]
+    evaluate = parse_arguments([EvaluateArguments], ["--config", str(path), *questions], command="evaluate")[0]
+    models = {train_arguments.model_name_or_path, bootstrap("--config", str(path)).model_name_or_path}
+    assert models == {evaluate.model_name_or_path}
+    assert config.learning_rate > 0
+
+
+@pytest.mark.parametrize("size", ["7b", "13b"])
+def test_llava_recipes_hold_the_papers_settings(size):
+    arguments, config = train("--config", f"llava-1.5-{size}", "--bf16", "false")
+    assert arguments.model_name_or_path == f"llava-hf/llava-1.5-{size}-hf"
+    assert (arguments.lora_r, arguments.lora_dropout) == (64, 0.0)
+    assert (config.learning_rate, config.num_train_epochs, config.beta, config.loss_type) == (
+        2e-6,
+        2,
+        0.1,
+        ["sigmoid"],
+    )
+    assert config.per_device_train_batch_size * config.gradient_accumulation_steps == 32
+    assert (config.lr_scheduler_type, config.warmup_steps, config.weight_decay) == ("cosine", 0.03, 0.0)
+    assert config.max_length == 2048
+    assert bootstrap("--config", f"llava-1.5-{size}").max_response_words == 350
+
+
+def test_options_win_over_the_section_and_the_section_over_the_shared_keys(recipe):
+    config = recipe(
+        "model_name_or_path: llava\ndtype: float16\n"
+        "bootstrap: {step: 900, batch_size: 4, dtype: bfloat16, temperature: 5e-1, do_sample: true}\n"
+        "train: {learning_rate: 3e-4, lora_target_modules: [q_proj, v_proj], lr_scheduler_kwargs: {a: 1},\n"
+        "  disable_dropout: true}\n"
+    )
+    arguments = bootstrap(*config, "--batch-size=2")
+    assert (arguments.step, arguments.batch_size, arguments.dtype) == (900, 2, "bfloat16")
+    assert (arguments.temperature, arguments.do_sample) == (0.5, True)
+    arguments, training = train(*config)
+    assert (arguments.dtype, arguments.lora_target_modules) == ("float16", ["q_proj", "v_proj"])
+    assert (training.learning_rate, training.lr_scheduler_kwargs) == (3e-4, {"a": 1})
+    arguments, training = train(*config, "--no_disable_dropout", "--lora_target_modules", "o_proj")
+    assert (arguments.lora_target_modules, training.disable_dropout) == (["o_proj"], False)
+
+
+def test_null_is_none_on_either_side(recipe):
+    config = recipe("model_name_or_path: llava\nbootstrap: {step: null, max_response_words: 7}")
+    assert (bootstrap(*config).step, bootstrap(*config).max_response_words) == (None, 7)
+    assert bootstrap(*config, "--max_response_words", "null").max_response_words is None
+    assert bootstrap(*config, "--max-response-words=null").max_response_words is None
+    assert bootstrap(*config, "--step", "3").step == 3
+    assert bootstrap(*MODEL).step == 500
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("bootstrap: {stop: 3}", r"unknown option 'stop' in section 'bootstrap' of recipe .*: did you mean step\?"),
+        ("model_name: x", r"unknown key 'model_name' of recipe .*: did you mean model_name_or_path\?"),
+        ("bootsrap: {step: 3}", r"unknown key 'bootsrap' of recipe .*: did you mean bootstrap\?"),
+        ("step: 3", "option 'step' of recipe .* stands outside a section: put it under 'bootstrap:'"),
+        ("bootstrap: 3", "section 'bootstrap' of recipe .* must map options to values, but it is 3"),
+        ("- a", "must map options to values, but it holds a list"),
+        ("a: [1\nb: 2", "is not valid YAML: .* at line 2, column"),
+        ("bootstrap: {step: many}", "argument --step: invalid int value: 'many'"),
+        ("bootstrap: {step: 1.5}", r"argument --step: invalid int value: '1\.5'"),
+        ("bootstrap: {step: [1, 2]}", "unexpected argument '2'"),
+        ("bootstrap: {target: image}", "argument --target: invalid choice: 'image'"),
+    ],
+)
+def test_mistakes_of_a_recipe(recipe, text, message):
+    with pytest.raises(ValueError, match=message):
+        bootstrap(*recipe(text), *MODEL)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--stepp", "3"], r"unknown option --stepp of 'bootstrap': did you mean --step\?"),
+        (["--stepp=3"], r"unknown option --stepp of 'bootstrap': did you mean --step\?"),
+        (["--stepp", "null"], r"unknown option --stepp of 'bootstrap': did you mean --step\?"),
+        (["--zzzzzzzz", "3"], r"unknown option --zzzzzzzz of 'bootstrap'\."),
+        (["data.json"], "unexpected argument 'data.json' of 'bootstrap'"),
+        (["--step", "many"], "invalid int value: 'many'"),
+        (["--config"], "--config needs the path of a recipe"),
+    ],
+)
+def test_mistakes_of_the_command_line(argv, message):
+    with pytest.raises(ValueError, match=message):
+        bootstrap(*MODEL, *argv)
+
+
+def test_missing_options_and_recipes():
+    with pytest.raises(
+        ValueError, match=r"arguments are required: --model_name_or_path.* \(see bpo-fast bootstrap --help\)"
+    ):
+        bootstrap()
+    with pytest.raises(FileNotFoundError, match=r"recipe none is neither a file nor one .* \(.*llava-1\.5-7b.*\)"):
+        bootstrap("--config", "none")
+
+
+def test_quantization_none_loads_unquantized():
+    assert bootstrap(*MODEL).load_options() == {"dtype": "auto", "quantization": None}
+    assert bootstrap(*MODEL, "--quantization", "nf4").load_options()["quantization"] == "nf4"

@@ -1,0 +1,133 @@
+"""Packed attention against attention over each sequence by itself."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bpo_fast.models import attention
+from bpo_fast.models.attention import choose_backend, packed_attention, packed_attention_forward
+from bpo_fast.models.packing import Group, pack
+
+lengths = st.lists(
+    st.tuples(st.integers(1, 5), st.lists(st.integers(1, 4), min_size=1, max_size=5)), min_size=1, max_size=3
+)
+
+
+def naive_causal(q, k, v):
+    """[T, heads, D] softmax attention, float64 when the inputs are; queries at the end of the keys."""
+    scores = torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(q.shape[-1])
+    visible = torch.arange(len(k)) <= torch.arange(len(q))[:, None] + len(k) - len(q)
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~visible, -torch.inf).softmax(-1), v)
+
+
+def sequences_apart(q, k, v, packing):
+    """Every (prefix + branch) on its own; rows of the prefix are the same in each and are taken from the first."""
+    out = torch.empty_like(q)
+    for rows in reversed(packing.kv_index.tensor_split(packing.cu_seqlens_k[1:-1].long())):
+        out[rows] = naive_causal(q[rows], k[rows], v[rows])
+    return out
+
+
+def make(lengths, kv_heads=2, dtype=torch.float64):
+    packing = pack([Group([0] * p, [[0] * n for n in branches]) for p, branches in lengths])
+    generator = torch.Generator().manual_seed(len(packing.input_ids))
+    shape = (1, 4, len(packing.input_ids), 8)
+    q, k, v = (
+        torch.randn(1, heads, *shape[2:], dtype=dtype, generator=generator).requires_grad_()
+        for heads in (4, kv_heads, kv_heads)
+    )
+    return packing, q, k, v
+
+
+def varlen_by_hand(query, key, value, cu_q, cu_k, max_q, max_k, *, scale):
+    """What a variable-length FlashAttention with bottom-right causal alignment computes."""
+    assert max_q == cu_q.diff().max()
+    assert max_k == cu_k.diff().max()
+    bounds = zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:], strict=True)
+    return torch.cat([naive_causal(query[a:b], key[c:d], value[c:d]) for a, b, c, d in bounds])
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("backend", ["sdpa", "torch_varlen"])
+@settings(max_examples=15, deadline=None)
+@given(lengths=lengths)
+def test_equals_sequences_apart_with_gradients(backend, kv_heads, lengths):
+    packing, q, k, v = make(lengths, kv_heads)
+    rows = [x[0].transpose(0, 1) for x in (q, k, v)]
+    rows[1:] = [x.repeat_interleave(4 // kv_heads, dim=1) for x in rows[1:]]
+    expected = sequences_apart(*rows, packing)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "choose_backend", lambda *_: (backend, "the test says so"))
+        patch.setattr(attention, "_torch_varlen", lambda: varlen_by_hand)
+        out = packed_attention(q, k, v, packing, scaling=1 / math.sqrt(8))
+    torch.testing.assert_close(out[0], expected, rtol=1e-10, atol=1e-10)
+    weights = torch.randn_like(expected)
+    ours = torch.autograd.grad((out[0] * weights).sum(), (q, k, v))
+    theirs = torch.autograd.grad((expected * weights).sum(), (q, k, v))
+    for mine, reference in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-10, atol=1e-10)
+
+
+def test_branches_do_not_see_each_other():
+    packing, q, k, v = make([(3, [2, 2])])
+    out = packed_attention(q, k, v, packing)
+    (grad,) = torch.autograd.grad(out[0, 5:].sum(), v)  # rows 5, 6 are the second branch
+    assert grad[0, :, 3:5].abs().max() == 0
+    assert grad[0, :, :3].abs().min() > 0
+
+
+def test_a_row_of_the_wrong_length_is_refused():
+    packing, q, k, v = make([(3, [2])])
+    with pytest.raises(ValueError, match=r"query: found shape \(1, 4, 4, 8\), expected \[1, heads, 5, D\]"):
+        packed_attention(q[:, :, :4], k[:, :, :4], v[:, :, :4], packing)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dropout": 0.1}, "attention_dropout: found 0.1"),
+        ({"sliding_window": 4}, "sliding_window: found 4, expected None or at least the 5 positions"),
+        ({"softcap": 50.0}, "softcap: found 50.0"),
+    ],
+)
+def test_what_cannot_be_computed_is_refused(options, message):
+    packing, q, k, v = make([(3, [2])])
+    with pytest.raises(ValueError, match=message):
+        packed_attention_forward(torch.nn.Module(), q, k, v, None, packing=packing, **options)
+
+
+@pytest.mark.parametrize(
+    ("installed", "expected"),
+    [("flash_attn", "flash_attn"), ("torch.nn.attention.varlen", "torch_varlen"), (None, "sdpa")],
+)
+def test_back_end_by_what_is_installed(monkeypatch, installed, expected):
+    monkeypatch.setattr(attention, "find_spec", lambda name: True if name == installed else None)
+    assert choose_backend.__wrapped__("cuda")[0] == expected
+    assert choose_backend.__wrapped__("cuda", torch.float32)[0] == "sdpa"
+    assert choose_backend.__wrapped__("cpu")[0] == "sdpa"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU for variable-length FlashAttention")
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_flash_equals_sdpa_on_a_gpu(kv_heads):
+    packing, q, k, v = make([(130, [40, 7, 90]), (64, [1, 33])], kv_heads, dtype=torch.float32)
+    q, k, v = (
+        torch.nn.functional.pad(x.detach(), (0, 56)).to("cuda", torch.bfloat16).requires_grad_() for x in (q, k, v)
+    )
+    assert choose_backend("cuda")[0] != "sdpa"
+    packing = packing.to("cuda")
+    out = packed_attention(q, k, v, packing, scaling=0.3)
+    expected = packed_attention(q.float(), k.float(), v.float(), packing, scaling=0.3)
+    torch.testing.assert_close(out.float(), expected, rtol=2e-2, atol=2e-2)
+    weights = torch.randn_like(expected)
+    ours = torch.autograd.grad((out.float() * weights).sum(), (q, k, v))
+    theirs = torch.autograd.grad((expected * weights).sum(), (q, k, v))
+    again = torch.autograd.grad((packed_attention(q, k, v, packing, scaling=0.3).float() * weights).sum(), (k, v))
+    for mine, reference in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine.float(), reference.float(), rtol=5e-2, atol=5e-2)
+    assert torch.equal(ours[1], again[0])
+    assert torch.equal(ours[2], again[1])

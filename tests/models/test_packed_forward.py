@@ -1,0 +1,225 @@
+"""The packed forward against transformers' own forward: unshared, padded, with gradients; loading and LoRA targets."""
+
+import random
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny_models import VOCAB_SIZE, make_llava
+from torch import nn
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaForConditionalGeneration,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from bpo_fast.models.load import load_model, load_processor
+from bpo_fast.models.lora import restrict_to_decoder
+from bpo_fast.models.packed_forward import enable_packed_forward, image_features, sum_branches
+from bpo_fast.models.packing import Group, pack
+
+IMAGE = 4  # id of the image token of the tiny models
+
+
+def random_groups(seed, num_branches, count=3):
+    rng = random.Random(seed)
+
+    def tokens(most):
+        return [rng.randrange(5, VOCAB_SIZE) for _ in range(rng.randint(1, most))]
+
+    return [
+        Group([1, IMAGE, IMAGE, IMAGE, IMAGE, *tokens(6)], [tokens(9) for _ in range(num_branches)])
+        for _ in range(count)
+    ]
+
+
+def with_lora(model, seed=0):
+    model = get_peft_model(model, restrict_to_decoder(LoraConfig(r=4), model))
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)  # zero as it starts, which would hide the gradients of A
+    enable_packed_forward(model.get_base_model())
+    return model
+
+
+def packed_logps(model, groups, pixel_values):
+    packing = pack(groups)
+    features = image_features(model, {"pixel_values": pixel_values})
+    rows = torch.nonzero(packing.input_ids == IMAGE).flatten()
+    return sum_branches(model(packing=packing, image_features=features, image_rows=rows).token_logps, packing)
+
+
+def padded_logps(model, groups, pixel_values, side="right"):
+    """Every branch a padded sequence of its own with its own image, by the model's own forward and full logits."""
+    sequences = [(group.prefix, branch) for group in groups for branch in group.branches]
+    longest = max(len(p) + len(b) for p, b in sequences)
+    ids, labels, mask = (torch.full((len(sequences), longest), fill) for fill in (0, -100, 0))
+    for n, (prefix, branch) in enumerate(sequences):
+        length = len(prefix) + len(branch)
+        span = slice(0, length) if side == "right" else slice(longest - length, longest)
+        ids[n, span] = torch.tensor([*prefix, *branch])
+        labels[n, span] = torch.tensor([-100] * len(prefix) + list(branch))
+        mask[n, span] = 1
+    pixels = torch.cat([pixel_values[g : g + 1] for g, group in enumerate(groups) for _ in group.branches])
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, pixel_values=pixels).logits
+    logps = logits[:, :-1].log_softmax(-1)
+    targets = labels[:, 1:]
+    return logps.gather(2, targets.clamp(min=0)[..., None])[..., 0].masked_fill(targets == -100, 0).sum(1)
+
+
+def apart_logps(model, groups, pixel_values):
+    """Every branch alone, one after the other."""
+    alone = [(Group(g.prefix, [b]), pixel_values[n : n + 1]) for n, g in enumerate(groups) for b in g.branches]
+    return torch.cat([padded_logps(model, [group], pixels) for group, pixels in alone])
+
+
+def gradients(model, logps):
+    weights = torch.linspace(-1, 1, len(logps)) + 0.1
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return torch.cat([g.flatten() for g in torch.autograd.grad((weights * logps).sum(), parameters)])
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("num_branches", [1, 2, 5])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_shared_equals_unshared_equals_padded(num_branches, seed):
+    model, groups = with_lora(make_llava(seed)), random_groups(seed, num_branches)
+    pixels = torch.randn(len(groups), 3, 16, 16)
+    ours = packed_logps(model, groups, pixels)
+    ours_grad = gradients(model, ours)
+    for other in (
+        padded_logps(model, groups, pixels),
+        padded_logps(model, groups, pixels, side="left"),
+        apart_logps(model, groups, pixels),
+    ):
+        assert relative(ours, other) < 1e-5
+        assert relative(ours_grad, gradients(model, other)) < 1e-5
+
+
+def test_groups_may_come_in_any_order():
+    model, groups = with_lora(make_llava()), random_groups(3, 2, count=4)
+    pixels = torch.randn(4, 3, 16, 16)
+    order = [2, 0, 3, 1]
+    ours = packed_logps(model, groups, pixels).view(4, 2)
+    moved = packed_logps(model, [groups[n] for n in order], pixels[order]).view(4, 2)
+    assert relative(moved, ours[order]) < 1e-6
+
+
+@pytest.mark.parametrize("text_config", [MistralConfig, Qwen2Config, Qwen3Config], ids=lambda c: c.model_type)
+def test_other_language_models(text_config):
+    config = make_llava().config
+    config.text_config = text_config(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        pad_token_id=0,
+        initializer_range=0.2,
+    )
+    torch.manual_seed(0)
+    model, groups = with_lora(LlavaForConditionalGeneration(config).eval()), random_groups(6, 2)
+    pixels = torch.randn(len(groups), 3, 16, 16)
+    assert relative(packed_logps(model, groups, pixels), padded_logps(model, groups, pixels)) < 1e-5
+
+
+def test_checkpointed_activations_change_nothing():
+    model, groups = with_lora(make_llava()).train(), random_groups(4, 2)
+    pixels = torch.randn(3, 3, 16, 16)
+    expected = gradients(model, packed_logps(model, groups, pixels))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert torch.equal(gradients(model, packed_logps(model, groups, pixels)), expected)
+
+
+def test_a_text_model_needs_no_images():
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+    )
+    enable_packed_forward(model)
+    packing = pack([Group([1, 2, 3], [[4, 5], [6]])])
+    ours = model(packing=packing).token_logps
+    logps = [model(torch.tensor([ids])).logits[0].log_softmax(-1) for ids in ([1, 2, 3, 4], [1, 2, 3])]
+    expected = torch.stack([logps[0][2, 4], logps[0][3, 5], logps[1][2, 6]])
+    torch.testing.assert_close(ours, expected)
+
+
+def test_generation_is_unchanged(tiny_llava):
+    model, _ = tiny_llava
+    inputs = {
+        "input_ids": torch.tensor([[1, IMAGE, IMAGE, IMAGE, IMAGE, 9, 8]]),
+        "attention_mask": torch.ones(1, 7, dtype=torch.long),
+        "pixel_values": torch.randn(1, 3, 16, 16),
+    }
+    before = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    enable_packed_forward(model)
+    enable_packed_forward(model)  # a second call finds it done
+    assert torch.equal(model.generate(**inputs, max_new_tokens=6, do_sample=False), before)
+
+
+def test_image_rows_that_do_not_match_are_named():
+    model, groups = with_lora(make_llava()), random_groups(0, 2, count=1)
+    with pytest.raises(ValueError, match=r"image_features: found 8 rows for 4 image tokens"):
+        packed_logps(model, groups, torch.randn(2, 3, 16, 16))
+
+
+def test_scaled_logits_are_refused(tiny_llava):
+    model, _ = tiny_llava
+    model.config.text_config.logit_scale = 0.5
+    with pytest.raises(ValueError, match="scales logits by logit_scale"):
+        enable_packed_forward(model)
+
+
+@pytest.mark.parametrize("targets", [None, ["q_proj", "v_proj"], "all-linear"])
+def test_lora_stays_in_the_language_model(targets):
+    model = make_llava()
+    adapted = get_peft_model(model, restrict_to_decoder(LoraConfig(r=2, target_modules=targets), model))
+    names = {name.split(".lora_A")[0].rsplit(".", 1)[-1] for name, _ in adapted.named_parameters() if "lora_A" in name}
+    everything = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert names == (set(targets) if isinstance(targets, list) else everything)
+    assert all("language_model" in name for name, p in adapted.named_parameters() if p.requires_grad)
+
+
+def test_a_pattern_of_targets_is_the_users_own_word():
+    model = make_llava()
+    config = restrict_to_decoder(LoraConfig(target_modules=r".*vision_tower.*q_proj"), model)
+    assert config.target_modules == r".*vision_tower.*q_proj"
+
+
+def test_targets_that_match_nothing_are_named():
+    with pytest.raises(ValueError, match=r"target_modules: \['query'\] match no module of the language model"):
+        restrict_to_decoder(LoraConfig(target_modules=["query"]), make_llava())
+
+
+def test_saved_and_loaded_again(tmp_path, tiny_llava):
+    model, processor = tiny_llava
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    adapted = with_lora(model)
+    adapted.save_pretrained(tmp_path / "adapter")
+    groups, pixels = random_groups(5, 2), torch.randn(3, 3, 16, 16)
+    expected = packed_logps(adapted, groups, pixels)
+    loaded = load_model(tmp_path / "model", adapter=tmp_path / "adapter", device="cpu")
+    enable_packed_forward(loaded.get_base_model())
+    assert not loaded.training
+    assert torch.equal(packed_logps(loaded, groups, pixels), expected)
+    assert load_processor(tmp_path / "model").chat_template == processor.chat_template
+
+
+def test_what_cannot_be_loaded_is_named(tmp_path):
+    with pytest.raises(ValueError, match="model: none could be loaded from"):
+        load_model(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="processor: none could be loaded from"):
+        load_processor(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="quantization: found 'int3', expected 'nf4' or None"):
+        load_model(tmp_path, quantization="int3")

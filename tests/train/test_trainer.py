@@ -1,0 +1,337 @@
+"""BPOTrainer: parity with TRL's DPOTrainer, resuming after a kill, SFT, token budget, mistakes."""
+
+import copy
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from tiny_models import make_llava, make_pairs, make_processor
+from transformers import TrainerCallback
+
+from bpo_fast import BPOConfig, BPOTrainer
+from bpo_fast.train.trainer import last_complete_checkpoint
+
+TESTS = str(Path(__file__).resolve().parents[1])
+TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+TRL_METRICS = (
+    "loss",
+    "logps/chosen",
+    "logps/rejected",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "num_tokens",
+)
+# Means over tokens. Of accumulated batches TRL takes the mean of their means, here it is the mean over all tokens.
+TRL_TOKEN_METRICS = ("entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected")
+
+
+def settings(output_dir, **options):
+    return {
+        "output_dir": str(output_dir),
+        "per_device_train_batch_size": 3,
+        "learning_rate": 1e-2,
+        "max_steps": 20,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+        "seed": 7,
+    } | options
+
+
+def run(output_dir, pairs=None, trainer_class=BPOTrainer, config_class=BPOConfig, model=None, **options):
+    trainer = trainer_class(
+        model=model or make_llava(),
+        args=config_class(**settings(output_dir, **options)),
+        train_dataset=pairs or Dataset.from_list(make_pairs(24)),
+        processing_class=make_processor(),
+        peft_config=LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS),
+    )
+    trainer.train()
+    return trainer
+
+
+def history(trainer, name):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss_type": ["sigmoid"]},
+        {"loss_type": ["sigmoid"], "gradient_accumulation_steps": 2, "max_steps": 6},
+        {"loss_type": ["hinge"], "max_steps": 6, "gradient_checkpointing": False},
+        {"loss_type": ["ipo"], "max_steps": 6, "beta": 0.5},
+        {"loss_type": ["sft"], "max_steps": 6},
+        {
+            "loss_type": ["sigmoid", "bco_pair", "sft"],
+            "loss_weights": [0.8, 0.2, 1.0],
+            "ld_alpha": 0.3,
+            "max_steps": 6,
+        },
+        {"loss_type": ["sigmoid_norm"], "f_divergence_type": "js_divergence", "beta": 0.5, "max_steps": 6},
+        {"loss_type": ["aot"], "label_smoothing": 0.1, "max_steps": 6},
+        {"loss_type": ["sigmoid"], "use_weighting": True, "ld_alpha": 0.5, "max_steps": 6},
+    ],
+    ids=lambda options: "+".join(options["loss_type"]),
+)
+def test_parity_with_trl(tmp_path, options):
+    """The same script with other import lines: the same batches, losses, rewards, and in the end the same adapter."""
+    from trl import DPOConfig, DPOTrainer
+
+    ours = run(tmp_path / "ours", **options)
+    theirs = run(tmp_path / "theirs", trainer_class=DPOTrainer, config_class=DPOConfig, **options)
+    names = ("loss",) if options["loss_type"] == ["sft"] else TRL_METRICS
+    if options["loss_type"] != ["sft"] and "gradient_accumulation_steps" not in options:
+        names += TRL_TOKEN_METRICS
+    for name in names:
+        expected = history(theirs, name)
+        assert len(expected) == options.get("max_steps", 20)
+        # TRL sums log-probs to about -50 in fp32; rewards are differences of such sums, logged to four digits.
+        tolerance = 1e-3 if name.startswith("logps") else 1e-4
+        assert history(ours, name) == pytest.approx(expected, abs=tolerance, rel=2e-5), name
+    moved = max(abs(margin) for margin in history(theirs, "rewards/margins"))
+    assert moved > 0.01, "the run must go somewhere for the comparison to mean anything"
+
+
+def test_the_first_step_is_ln_2_with_margins_of_zero(tmp_path):
+    model = make_llava()
+    # A decoder with dropout of its own; an adapter's does nothing as long as the adapter adds zero.
+    model.get_decoder().norm = torch.nn.Sequential(model.get_decoder().norm, torch.nn.Dropout(0.5))
+    trainer = run(tmp_path, model=model, max_steps=2)
+    assert history(trainer, "loss")[0] == pytest.approx(math.log(2), abs=1e-7)
+    assert history(trainer, "rewards/margins")[0] == 0.0
+    assert history(trainer, "rewards/margins")[1] != 0.0
+
+
+def test_a_token_budget_changes_nothing_but_the_rows(tmp_path):
+    losses = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2], "ld_alpha": 0.5}
+    whole = run(tmp_path / "a", max_steps=5, **losses)
+    parted = run(tmp_path / "b", max_steps=5, token_budget=40, **losses)
+    batch = next(iter(parted.get_train_dataloader()))
+    assert len(batch["rows"]) > 1
+    for name in TRL_METRICS + TRL_TOKEN_METRICS:
+        assert history(parted, name) == pytest.approx(history(whole, name), rel=1e-4, abs=1e-5), name
+
+
+def test_sft_raises_the_chosen_answers(tmp_path):
+    trainer = run(tmp_path, loss_type="sft", max_steps=30)
+    chosen = history(trainer, "logps/chosen")
+    assert sum(chosen[-5:]) > sum(chosen[:5]) + 5
+    assert "rewards/margins" not in trainer.state.log_history[0]
+
+
+def test_losses_without_a_reference_never_run_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(PeftModel, "disable_adapter", None)
+    trainer = run(tmp_path, loss_type=["simpo", "sft"], loss_weights=[1.0, 0.1], beta=2.0, max_steps=12)
+    losses = history(trainer, "loss")
+    assert sum(losses[-3:]) < sum(losses[:3]) - 0.5
+    entry = trainer.state.log_history[0]
+    assert entry["rewards/chosen"] == pytest.approx(2.0 * entry["logps/chosen"], rel=1e-4)
+
+
+def test_sft_needs_no_rejected_column(tmp_path):
+    pairs = Dataset.from_list([{k: v for k, v in pair.items() if k != "rejected"} for pair in make_pairs(4)])
+    assert len(history(run(tmp_path, pairs, loss_type="sft", max_steps=1), "loss")) == 1
+
+
+def test_evaluation_gives_the_metrics_of_the_whole_set(tmp_path):
+    pairs = Dataset.from_list(make_pairs(5, seed=3))
+    trainer = BPOTrainer(
+        model=make_llava(),
+        args=BPOConfig(**settings(tmp_path, per_device_eval_batch_size=2)),
+        train_dataset=pairs,
+        eval_dataset=pairs,
+        processing_class=make_processor(),
+        peft_config=LoraConfig(r=4),
+    )
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    logged = trainer.state.log_history[-1]
+    assert logged["eval_rewards/margins"] == 0.0
+    alone = [BPOTrainer.evaluate(trainer, pairs.select([n])) and trainer.state.log_history[-1] for n in range(5)]
+    mean = sum(entry["eval_logps/chosen"] for entry in alone) / 5
+    assert logged["eval_logps/chosen"] == pytest.approx(mean, rel=1e-5)
+
+
+RUN = """
+import sys
+sys.path[:0] = [{tests!r}, {tests!r} + "/train"]
+from test_trainer import resumable
+resumable({folder!r}, pause=0.2)
+"""
+
+
+def resumable(folder, pause=0.0):
+    """Train with dropout, so that the random state matters too, and save at every second step."""
+    options = settings(folder, max_steps=14, save_strategy="steps", save_steps=2, save_total_limit=2)
+    trainer = BPOTrainer(
+        model=make_llava(),
+        args=BPOConfig(**options, lr_scheduler_type="cosine", disable_dropout=False),
+        train_dataset=Dataset.from_list(make_pairs(24)),
+        processing_class=make_processor(),
+        callbacks=[_Slowly(pause)],
+        peft_config=LoraConfig(r=4, lora_dropout=0.2),
+    )
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
+    trainer.save_model()
+
+
+class _Slowly(TrainerCallback):
+    def __init__(self, pause):
+        self.pause = pause
+
+    def on_step_end(self, args, state, control, **kwargs):
+        print(state.global_step, flush=True)
+        time.sleep(self.pause)
+
+
+def _start(folder):
+    code = textwrap.dedent(RUN).format(tests=TESTS, folder=str(folder))
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+
+def test_killed_and_resumed_gives_the_same_bits(tmp_path):
+    resumable(tmp_path / "alone")
+    expected = load_file(tmp_path / "alone" / "adapter_model.safetensors")
+    folder = tmp_path / "killed"
+    rng = random.Random(time.time_ns())
+    process = _start(folder)
+    stop_after = rng.randint(3, 10)
+    for line in process.stdout:
+        if line.strip() == str(stop_after):
+            time.sleep(rng.uniform(0, 0.5))  # in this step's saving, the next step, or the one after it
+            process.send_signal(signal.SIGKILL)
+            break
+    assert process.wait() == -signal.SIGKILL
+    assert not (folder / "adapter_model.safetensors").exists()
+    resumable(folder)
+    ours = load_file(folder / "adapter_model.safetensors")
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[name], expected[name]) for name in expected), f"killed after step {stop_after}"
+
+
+RANK = """
+import json, sys
+sys.path[:0] = [{tests!r}, {tests!r} + "/train"]
+from test_trainer import history, run
+trainer = run({folder!r}, max_steps=5, per_device_train_batch_size=2)
+if trainer.is_world_process_zero():
+    json.dump([history(trainer, name) for name in ("loss", "grad_norm", "rewards/margins")], open({answer!r}, "w"))
+"""
+
+
+def test_two_processes_train_as_one(tmp_path):
+    alone = run(tmp_path / "alone", max_steps=5, per_device_train_batch_size=4)
+    script = tmp_path / "rank.py"
+    places = {"tests": TESTS, "folder": str(tmp_path / "two"), "answer": str(tmp_path / "answer")}
+    script.write_text(RANK.format(**places))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    finished = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    names = ("loss", "grad_norm", "rewards/margins")
+    for name, values in zip(names, json.loads((tmp_path / "answer").read_text()), strict=True):
+        assert values == pytest.approx(history(alone, name), rel=1e-4, abs=1e-5), name
+
+
+def test_half_written_checkpoints_are_passed_over(tmp_path):
+    assert last_complete_checkpoint(tmp_path / "nothing") is None
+    for step, state in (
+        (2, json.dumps({"global_step": 2})),
+        (10, json.dumps({"global_step": 10})),
+        (12, '{"glob'),
+        (14, None),
+    ):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state)
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss_type": "dpo"}, "loss_type must be one of sigmoid, .*, got 'dpo'"),
+        ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "loss_weights must hold a finite number for each"),
+        ({"beta": 0.0}, "beta must be positive, got 0.0"),
+        ({"loss_type": "aot", "token_budget": 100}, "token_budget: found 100 with loss_type"),
+    ],
+)
+def test_bad_settings_are_named(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        BPOConfig(**settings(tmp_path, **options))
+
+
+def test_bad_arguments_are_named(tmp_path):
+    pairs, args = Dataset.from_list(make_pairs(2)), BPOConfig(**settings(tmp_path))
+
+    def make(model=None, dataset=pairs, peft_config=None):
+        return BPOTrainer(
+            model or make_llava(), args, dataset, processing_class=make_processor(), peft_config=peft_config
+        )
+
+    lora = LoraConfig(r=2)
+    with pytest.raises(ValueError, match="peft_config: found None for a model without an adapter"):
+        make()
+    with pytest.raises(ValueError, match=r"train_dataset: found columns .*, expected \['rejected'\] too"):
+        make(dataset=pairs.remove_columns("rejected"), peft_config=lora)
+    with pytest.raises(ValueError, match="train_dataset: found None"):
+        make(dataset=None, peft_config=lora)
+    adapted = get_peft_model(make_llava(), LoraConfig(r=2, target_modules=TARGETS))
+    with pytest.raises(ValueError, match="peft_config: found one for a model that has an adapter"):
+        make(model=adapted, peft_config=lora)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.fill_(0.1)
+    with pytest.raises(ValueError, match="its adapter is trained already"):
+        make(model=adapted)
+
+
+def test_rows_that_cannot_be_trained_on_are_named(tmp_path):
+    def first_batch(change, **options):
+        pairs = copy.deepcopy(make_pairs(1))
+        change(pairs[0])
+        trainer = BPOTrainer(
+            make_llava(),
+            BPOConfig(**settings(tmp_path, **options)),
+            Dataset.from_list(pairs),
+            processing_class=make_processor(),
+            peft_config=LoraConfig(r=2),
+        )
+        return next(iter(trainer.get_train_dataloader()))
+
+    with pytest.raises(ValueError, match=r"prompt: found 1 image placeholders for 2 images"):
+        first_batch(lambda pair: pair["images"].extend(pair["images"]))
+    with pytest.raises(ValueError, match=r"max_length: found 5, but the prompt .* alone has \d+ tokens"):
+        first_batch(lambda pair: None, max_length=5)
+
+
+def test_long_responses_are_cut_at_max_length(tmp_path):
+    pairs = make_pairs(1)
+    pairs[0]["chosen"][0]["content"][0]["text"] = " ".join(["w1"] * 30)
+    trainer = BPOTrainer(
+        make_llava(),
+        BPOConfig(**settings(tmp_path, max_length=25)),
+        Dataset.from_list(pairs),
+        processing_class=make_processor(),
+        peft_config=LoraConfig(r=2),
+    )
+    (row,) = next(iter(trainer.get_train_dataloader()))["rows"]
+    assert row.packing.prefix_lengths[0] + row.packing.branch_lengths[0][0] == 25
