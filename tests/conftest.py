@@ -1,7 +1,12 @@
 """Fixtures that most tests share; the makers behind them are in tiny_models.py."""
 
-import pytest
-from tiny_models import make_llava, make_processor
+import os
+
+# Before transformers is imported: what a test names and does not exist is not looked for on the network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest  # noqa: E402
+from tiny_models import make_llava, make_processor  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -33,8 +33,8 @@ def bootstrap(
     image_folder,
     output_dir,
     *,
-    target="features",
-    step=500,
+    noise_target="features",
+    noise_step=500,
     schedule="sigmoid",
     seed=0,
     max_new_tokens=512,
@@ -60,7 +60,7 @@ def bootstrap(
         annotations: path of a LLaVA-Instruct JSON file, or the list of its rows.
         image_folder: folder that the rows' picture paths start from.
         output_dir: folder of this run alone.
-        target, step, schedule, seed: noise on the pictures, see `weaken`; `step=None` leaves them as they are, which
+        noise_target, noise_step, schedule, seed: noise on the images, see `weaken`; `noise_step=None` leaves them as they are, which
             gives self-generated rejected responses.
         max_new_tokens, do_sample, temperature, top_p: decoding, greedy by default; sampling is seeded by `seed` and
             the batch.
@@ -84,7 +84,7 @@ def bootstrap(
     Example:
 
         pairs = bootstrap(
-            "llava-hf/llava-1.5-7b-hf", None, "llava_instruct_150k.json", "coco/train2017", "pairs", step=500
+            "llava-hf/llava-1.5-7b-hf", None, "llava_instruct_150k.json", "coco/train2017", "pairs", noise_step=500
         )
         pairs[0]["rejected"]
     """
@@ -92,11 +92,11 @@ def bootstrap(
         raise ValueError(f"batch_size must be at least 1, but it is {batch_size}.")
     if max_samples is not None and max_samples < 1:
         raise ValueError(f"max_samples must be at least 1 or None, but it is {max_samples}.")
-    if target not in TARGETS:
-        raise ValueError(f"target must be one of {', '.join(TARGETS)}, but it is {target!r}.")
+    if noise_target not in TARGETS:
+        raise ValueError(f"noise_target: found {noise_target!r}, expected one of {', '.join(TARGETS)}.")
     noise = resolve_schedule(schedule)
-    if step is not None and not 0 <= step < noise.num_steps:
-        raise ValueError(f"step must be None or lie in 0 .. {noise.num_steps - 1}, but it is {step}.")
+    if noise_step is not None and not 0 <= noise_step < noise.num_steps:
+        raise ValueError(f"noise_step: found {noise_step}, expected None or a step from 0 to {noise.num_steps - 1}.")
     decoding = GenerationSettings(max_new_tokens, do_sample, temperature, top_p)
     samples, skipped = read_annotations(annotations, image_folder, max_response_words=max_response_words)
     num_rows = len(samples) + len(skipped)
@@ -110,8 +110,8 @@ def bootstrap(
         "model": str(model) if isinstance(model, str | Path) else model.name_or_path,
         "adapter": None if adapter is None else str(adapter),
         "annotations": _fingerprint(samples),
-        "target": target,
-        "step": step,
+        "noise_target": noise_target,
+        "noise_step": noise_step,
         "schedule": schedule if isinstance(schedule, str) else _fingerprint(noise.alpha_bar.tolist()),
         "seed": seed,
         "max_response_words": max_response_words,
@@ -134,7 +134,7 @@ def bootstrap(
         responses = journal.rows
 
     pairs, dropped = _pair(
-        samples, responses, "self_generated" if step is None else "image_weakened", max_response_words
+        samples, responses, "self_generated" if noise_step is None else "image_weakened", max_response_words
     )
     skipped = sorted([*skipped, *dropped], key=lambda skip: skip.row)
     counts = {
@@ -182,8 +182,8 @@ def _respond(model, processor, samples, image_folder, journal, batch_size, decod
                 questions = [sample.question for sample in readable]
                 with weaken(
                     model,
-                    settings["step"],
-                    target=settings["target"],
+                    settings["noise_step"],
+                    target=settings["noise_target"],
                     schedule=noise,
                     seed=settings["seed"],
                     sample_ids=ids,

@@ -5,7 +5,7 @@ that all commands share. An option on the command line wins over the recipe. `nu
 
     model_name_or_path: llava-hf/llava-1.5-7b-hf
     bootstrap:
-      step: 500
+      noise_step: 500
     train:
       learning_rate: 2e-6
 """
@@ -55,10 +55,10 @@ class BootstrapArguments(SharedArguments):
     image_folder: str = field(metadata=_help("Folder that the picture paths of the annotations start from."))
     output_dir: str = field(metadata=_help("Folder for the pairs; a killed run in it goes on."))
     adapter: str | None = field(default=None, metadata=_help("LoRA adapter on the model that answers."))
-    target: Literal["features", "pixels", "projected"] = field(
+    noise_target: Literal["features", "pixels", "projected"] = field(
         default="features", metadata=_help("What the noise is put on.")
     )
-    step: int | None = field(
+    noise_step: int | None = field(
         default=500, metadata=_help("Step of the noise schedule; null adds no noise (self-generated responses).")
     )
     schedule: Literal["sigmoid", "linear", "cosine"] = field(default="sigmoid", metadata=_help("Noise schedule."))

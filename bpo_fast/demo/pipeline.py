@@ -146,7 +146,7 @@ def _bootstrap(folder, annotations, seed, settings, model_path, processor):
         annotations,
         annotations.parent / "images",
         folder,
-        step=settings.noise_step,
+        noise_step=settings.noise_step,
         seed=seed,
         max_new_tokens=48,
         batch_size=64,

@@ -16,7 +16,7 @@ from bpo_fast.runs.files import read_json
 from bpo_fast.runs.journal import Journal
 
 OUTPUTS = ("pairs.jsonl", "skipped.jsonl", "metadata.json", "responses.jsonl")
-OPTIONS = {"step": 700, "seed": 5, "max_new_tokens": 5, "batch_size": 2}
+OPTIONS = {"noise_step": 700, "seed": 5, "max_new_tokens": 5, "batch_size": 2}
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_pairs_are_the_annotated_answer_and_the_answer_to_the_weakened_picture(
     tiny_llava, annotated, tmp_path, target
 ):
     model, processor = tiny_llava
-    dataset = bootstrap(model, processor, *annotated, tmp_path / "out", target=target, **OPTIONS)
+    dataset = bootstrap(model, processor, *annotated, tmp_path / "out", noise_target=target, **OPTIONS)
     assert dataset["id"] == ["r0", "r1", "r3", "r5", "r6"]
     annotations = {annotation.id: annotation for annotation in read_annotations(*annotated)[0]}
     for row in dataset:
@@ -71,7 +71,7 @@ def test_pairs_are_the_annotated_answer_and_the_answer_to_the_weakened_picture(
 
 def test_without_noise_the_response_is_the_models_own(tiny_llava, annotated, tmp_path):
     model, processor = tiny_llava
-    dataset = bootstrap(model, processor, *annotated, tmp_path / "out", **OPTIONS | {"step": None})
+    dataset = bootstrap(model, processor, *annotated, tmp_path / "out", **OPTIONS | {"noise_step": None})
     row = dataset[0]
     image = read_image(annotated[1] / "0.png")
     (response,) = generate(model, processor, [image], ["w0 w1"], GenerationSettings(5))
@@ -95,9 +95,9 @@ def test_what_is_left_out_is_counted_and_listed(tiny_llava, annotated, tmp_path)
     metadata = read_json(tmp_path / "out" / "metadata.json")
     counts = metadata["counts"]
     assert (counts["rows"], counts["pairs"], counts["skipped"]) == (7, 3, 4)
-    assert {name: metadata["settings"][name] for name in ("step", "target", "schedule", "seed")} == {
-        "step": 700,
-        "target": "features",
+    assert {name: metadata["settings"][name] for name in ("noise_step", "noise_target", "schedule", "seed")} == {
+        "noise_step": 700,
+        "noise_target": "features",
         "schedule": "sigmoid",
         "seed": 5,
     }
@@ -159,7 +159,7 @@ def kill(journal, rows):
 Journal.append = kill
 model = make_llava()
 model.lm_head.weight.data[: len(SPECIAL)] = 0
-bootstrap(model, make_processor(), *sys.argv[1:], step=700, seed=5, max_new_tokens=5, batch_size=2)
+bootstrap(model, make_processor(), *sys.argv[1:], noise_step=700, seed=5, max_new_tokens=5, batch_size=2)
 """
 
 
@@ -236,7 +236,7 @@ def test_max_samples_draws_by_seed(tiny_llava, annotated, tmp_path):
 
 def test_sampling_follows_the_seed(tiny_llava, annotated, tmp_path):
     model, processor = tiny_llava
-    options = OPTIONS | {"do_sample": True, "step": None}
+    options = OPTIONS | {"do_sample": True, "noise_step": None}
     first = bootstrap(model, processor, *annotated, tmp_path / "first", **options)
     other = bootstrap(model, processor, *annotated, tmp_path / "other", **options | {"seed": 6})
     assert first["rejected"][:] != other["rejected"][:]
@@ -254,8 +254,8 @@ def test_the_model_is_left_in_its_mode(tiny_llava, annotated, tmp_path):
     [
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"max_samples": 0}, "max_samples must be at least 1 or None"),
-        ({"step": 1000}, r"step must be None or lie in 0 \.\. 999, but it is 1000"),
-        ({"target": "image"}, "target must be one of"),
+        ({"noise_step": 1000}, r"noise_step: found 1000, expected None or a step from 0 to 999"),
+        ({"noise_target": "image"}, "noise_target: found 'image', expected one of"),
         ({"schedule": "exp"}, "schedule must be one of"),
         ({"temperature": 0.7}, "do_sample=True"),
     ],

@@ -14,7 +14,7 @@ from tiny_models import SPECIAL
 from bpo_fast.cli import main as cli
 from bpo_fast.train.trainer import BPOConfig, BPOTrainer
 
-BOOTSTRAP = ["--step", "700", "--max_new_tokens", "5", "--batch_size", "2"]
+BOOTSTRAP = ["--noise_step", "700", "--max_new_tokens", "5", "--batch_size", "2"]
 TRAIN = ["--use_cpu", "--max_steps", "4", "--save_steps", "2", "--learning_rate", "1e-2", "--lora_r", "4"]
 TRAIN += ["--per_device_train_batch_size", "2", "--report_to", "none", "--disable_tqdm", "true"]
 RUN = ["--config", "run.yaml", "--output_dir", "o"]

@@ -60,12 +60,12 @@ def test_llava_recipes_hold_the_papers_settings(size):
 def test_options_win_over_the_section_and_the_section_over_the_shared_keys(recipe):
     config = recipe(
         "model_name_or_path: llava\ndtype: float16\n"
-        "bootstrap: {step: 900, batch_size: 4, dtype: bfloat16, temperature: 5e-1, do_sample: true}\n"
+        "bootstrap: {noise_step: 900, batch_size: 4, dtype: bfloat16, temperature: 5e-1, do_sample: true}\n"
         "train: {learning_rate: 3e-4, lora_target_modules: [q_proj, v_proj], lr_scheduler_kwargs: {a: 1},\n"
         "  disable_dropout: true}\n"
     )
     arguments = bootstrap(*config, "--batch-size=2")
-    assert (arguments.step, arguments.batch_size, arguments.dtype) == (900, 2, "bfloat16")
+    assert (arguments.noise_step, arguments.batch_size, arguments.dtype) == (900, 2, "bfloat16")
     assert (arguments.temperature, arguments.do_sample) == (0.5, True)
     arguments, training = train(*config)
     assert (arguments.dtype, arguments.lora_target_modules) == ("float16", ["q_proj", "v_proj"])
@@ -75,28 +75,31 @@ def test_options_win_over_the_section_and_the_section_over_the_shared_keys(recip
 
 
 def test_null_is_none_on_either_side(recipe):
-    config = recipe("model_name_or_path: llava\nbootstrap: {step: null, max_response_words: 7}")
-    assert (bootstrap(*config).step, bootstrap(*config).max_response_words) == (None, 7)
+    config = recipe("model_name_or_path: llava\nbootstrap: {noise_step: null, max_response_words: 7}")
+    assert (bootstrap(*config).noise_step, bootstrap(*config).max_response_words) == (None, 7)
     assert bootstrap(*config, "--max_response_words", "null").max_response_words is None
     assert bootstrap(*config, "--max-response-words=null").max_response_words is None
-    assert bootstrap(*config, "--step", "3").step == 3
-    assert bootstrap(*MODEL).step == 500
+    assert bootstrap(*config, "--noise_step", "3").noise_step == 3
+    assert bootstrap(*MODEL).noise_step == 500
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("bootstrap: {stop: 3}", r"unknown option 'stop' in section 'bootstrap' of recipe .*: did you mean step\?"),
+        (
+            "bootstrap: {noise_stop: 3}",
+            r"unknown option 'noise_stop' in section 'bootstrap' of recipe .*: did you mean noise_step\?",
+        ),
         ("model_name: x", r"unknown key 'model_name' of recipe .*: did you mean model_name_or_path\?"),
-        ("bootsrap: {step: 3}", r"unknown key 'bootsrap' of recipe .*: did you mean bootstrap\?"),
-        ("step: 3", "option 'step' of recipe .* stands outside a section: put it under 'bootstrap:'"),
+        ("bootsrap: {noise_step: 3}", r"unknown key 'bootsrap' of recipe .*: did you mean bootstrap\?"),
+        ("noise_step: 3", "option 'noise_step' of recipe .* stands outside a section: put it under 'bootstrap:'"),
         ("bootstrap: 3", "section 'bootstrap' of recipe .* must map options to values, but it is 3"),
         ("- a", "must map options to values, but it holds a list"),
         ("a: [1\nb: 2", "is not valid YAML: .* at line 2, column"),
-        ("bootstrap: {step: many}", "argument --step: invalid int value: 'many'"),
-        ("bootstrap: {step: 1.5}", r"argument --step: invalid int value: '1\.5'"),
-        ("bootstrap: {step: [1, 2]}", "unexpected argument '2'"),
-        ("bootstrap: {target: image}", "argument --target: invalid choice: 'image'"),
+        ("bootstrap: {noise_step: many}", "argument --noise_step.*: invalid int value: 'many'"),
+        ("bootstrap: {noise_step: 1.5}", r"argument --noise_step.*: invalid int value: '1\.5'"),
+        ("bootstrap: {noise_step: [1, 2]}", "unexpected argument '2'"),
+        ("bootstrap: {noise_target: image}", "argument --noise_target.*: invalid choice: 'image'"),
     ],
 )
 def test_mistakes_of_a_recipe(recipe, text, message):
@@ -107,12 +110,12 @@ def test_mistakes_of_a_recipe(recipe, text, message):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--stepp", "3"], r"unknown option --stepp of 'bootstrap': did you mean --step\?"),
-        (["--stepp=3"], r"unknown option --stepp of 'bootstrap': did you mean --step\?"),
-        (["--stepp", "null"], r"unknown option --stepp of 'bootstrap': did you mean --step\?"),
+        (["--noise_stepp", "3"], r"unknown option --noise_stepp of 'bootstrap': did you mean --noise_step\?"),
+        (["--noise_stepp=3"], r"unknown option --noise_stepp of 'bootstrap': did you mean --noise_step\?"),
+        (["--noise_stepp", "null"], r"unknown option --noise_stepp of 'bootstrap': did you mean --noise_step\?"),
         (["--zzzzzzzz", "3"], r"unknown option --zzzzzzzz of 'bootstrap'\."),
         (["data.json"], "unexpected argument 'data.json' of 'bootstrap'"),
-        (["--step", "many"], "invalid int value: 'many'"),
+        (["--noise_step", "many"], "invalid int value: 'many'"),
         (["--config"], "--config needs the path of a recipe"),
     ],
 )
