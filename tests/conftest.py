@@ -5,8 +5,8 @@ import os
 # Before transformers is imported: what a test names and does not exist is not looked for on the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import pytest  # noqa: E402
-from tiny_models import make_llava, make_processor  # noqa: E402
+import pytest
+from tiny_models import make_llava, make_processor
 
 
 @pytest.fixture(scope="session")

@@ -60,8 +60,8 @@ def bootstrap(
         annotations: path of a LLaVA-Instruct JSON file, or the list of its rows.
         image_folder: folder that the rows' picture paths start from.
         output_dir: folder of this run alone.
-        noise_target, noise_step, schedule, seed: noise on the images, see `weaken`; `noise_step=None` leaves them as they are, which
-            gives self-generated rejected responses.
+        noise_target, noise_step, schedule, seed: noise on the images, see `weaken`; `noise_step=None` leaves them as
+            they are, which gives self-generated rejected responses.
         max_new_tokens, do_sample, temperature, top_p: decoding, greedy by default; sampling is seeded by `seed` and
             the batch.
         batch_size (`int`): questions a batch. Greedy responses do not depend on it, but for floating-point rounding.
