@@ -7,9 +7,9 @@ from importlib import import_module
 _EXPORTS = {
     "BPOConfig": "bpo_fast.train.trainer",
     "BPOTrainer": "bpo_fast.train.trainer",
-    "LossConfig": "bpo_fast.losses.preference",
+    "LossConfig": "bpo_fast.losses.config",
     "NoiseSchedule": "bpo_fast.ops.noise.schedule",
-    "PreferenceOutput": "bpo_fast.losses.preference",
+    "PreferenceOutput": "bpo_fast.losses.output",
     "add_noise": "bpo_fast.ops.noise.add",
     "add_noise_ladder": "bpo_fast.ops.noise.ladder",
     "add_noise_rows": "bpo_fast.ops.noise.rows",

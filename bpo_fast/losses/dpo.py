@@ -1,13 +1,18 @@
 """Preference losses of a model's output: from logits (`dpo_loss`) or from hidden states (`linear_dpo_loss`).
 
-Both make sequence log-probs and hand them to `bpo_fast.losses.preference`; formulas and sources of the losses are in
-`bpo_fast.losses.table`.
+Both make token log-probs and hand them to `token_preference`; formulas and sources of the losses are in `table`.
 """
+
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from bpo_fast.losses.preference import desensitized, loss_config, mean_aligned_logps, mean_nll, sequence_preference
+from bpo_fast.losses.config import loss_config
+from bpo_fast.losses.output import PreferenceOutput
+from bpo_fast.losses.preference import Responses, token_preference
 from bpo_fast.ops.checks import IGNORE_INDEX, check_indices, check_same, check_tensor
 from bpo_fast.ops.linear_token_logps import check_head, linear_sequence_logps
 from bpo_fast.ops.rows import TokenStatistics, check_transform
@@ -19,22 +24,22 @@ def _check_pairs(name, value, last, labels, ref_name, reference, ref_logps):
     check_tensor(name, value, ("2B", "T", last))
     if not len(value) or len(value) % 2:
         raise ValueError(
-            f"{name} must hold B chosen rows, then B rejected rows, B at least 1; got {len(value)} rows in "
-            f"{list(value.shape)}."
+            f"{name}: found shape {list(value.shape)}, expected [2B, T, {last}]; give B chosen sequences, then B "
+            "rejected ones, B at least 1."
         )
     if not value.shape[2]:
-        raise ValueError(f"{name} must have {last} of at least 1, got {list(value.shape)}.")
+        raise ValueError(f"{name}: found shape {list(value.shape)}, expected {last} of at least 1.")
     check_indices("labels", labels, value.shape[:2])
     check_same("labels", labels, name, value)
     if reference is not None and ref_logps is not None:
-        raise ValueError(f"{ref_name} and ref_logps exclude each other: give one, or none for a reference-free loss.")
+        raise ValueError(f"{ref_name} and ref_logps: found both, expected one, or none for a reference-free loss.")
     if reference is not None:
         check_tensor(ref_name, reference, tuple(value.shape))
         check_same(ref_name, reference, name, value)
     if ref_logps is not None:
         check_tensor("ref_logps", ref_logps, (len(value),))
         if ref_logps.device != value.device:
-            raise ValueError(f"ref_logps is on {ref_logps.device} but {name} is on {value.device}; move one of them.")
+            raise ValueError(f"ref_logps: found on {ref_logps.device}, expected {value.device}, the device of {name}.")
 
 
 def _shifted(labels):
@@ -42,61 +47,49 @@ def _shifted(labels):
     return F.pad(labels[:, 1:].to(torch.int64), (0, min(1, labels.shape[1])), value=IGNORE_INDEX)
 
 
-def _desensitized_sums(token_logps, counted, num_tokens, ld_alpha):
-    """Sums [2B] of `desensitized` token log-probs [2B, T]; `counted` [2B, T] says which are a response's."""
-    pairs = torch.arange(len(num_tokens), device=num_tokens.device) % (len(num_tokens) // 2)
-    return desensitized(token_logps, counted.cumsum(1) - 1, pairs[:, None], num_tokens, ld_alpha).sum(-1)
-
-
 def _padded_preference(found, ref_logps, targets, config, with_statistics):
-    """The loss of padded rows, whose last position predicts nothing, from their `SequenceLogps`.
+    """The loss of padded sequences, whose last position predicts nothing, from their `SequenceLogps`.
 
     `ref_logps` [2B] are the caller's own, or None.
     """
-    logps = found.logps
-    ref_logps = ref_logps if found.ref_logps is None else found.ref_logps
-    nll = aligned = None
-    if config.ld_alpha is not None:
-        nll = mean_nll(logps, found.num_tokens)
-        counted = targets != IGNORE_INDEX
-        logps = _desensitized_sums(found.token_logps, counted, found.num_tokens, config.ld_alpha)
-        if found.ref_token_logps is not None:
-            ref_logps = _desensitized_sums(found.ref_token_logps, counted, found.num_tokens, config.ld_alpha)
-    if config.use_weighting:
-        aligned = mean_aligned_logps(found.token_logps, found.statistics, lambda x: x.sum(1), found.num_tokens)
-    statistics = TokenStatistics(*(values[:, :-1] for values in found.statistics)) if with_statistics else None
-    return sequence_preference(
-        logps,
-        ref_logps,
-        found.num_tokens,
-        found.token_logps[:, :-1],
+
+    def places():
+        pairs = torch.arange(len(targets), device=targets.device) % (len(targets) // 2)
+        return (targets != IGNORE_INDEX).cumsum(1) - 1, pairs[:, None]
+
+    output = token_preference(
+        found.token_logps,
+        Responses(lambda values: values.sum(1), places, found.num_tokens),
         config,
-        nll=nll,
-        mean_aligned_logps=aligned,
-        statistics=statistics,
+        ref_token_logps=found.ref_token_logps,
+        logps=found.logps,
+        ref_logps=ref_logps if found.ref_logps is None else found.ref_logps,
+        statistics=found.statistics,
     )
+    statistics = TokenStatistics(*(values[:, :-1] for values in found.statistics)) if with_statistics else None
+    return replace(output, token_logps=output.token_logps[:, :-1], statistics=statistics)
 
 
 def dpo_loss(
-    policy_logits,
-    labels,
+    policy_logits: Tensor,
+    labels: Tensor,
     *,
-    ref_logits=None,
-    ref_logps=None,
-    logit_softcap=None,
-    temperature=1.0,
-    beta=0.1,
-    loss_type="sigmoid",
-    label_smoothing=0.0,
-    average_logps=False,
-    with_statistics=False,
-    inplace_backward=False,
-    **loss_options,
-):
+    ref_logits: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    logit_softcap: float | None = None,
+    temperature: float = 1.0,
+    beta: float = 0.1,
+    loss_type: str | list[str] = "sigmoid",
+    label_smoothing: float = 0.0,
+    average_logps: bool = False,
+    with_statistics: bool = False,
+    inplace_backward: bool = False,
+    **loss_options: Any,
+) -> PreferenceOutput:
     """Preference loss of B pairs from the policy's logits.
 
     Args:
-        policy_logits: [2B, T, V], rows 0..B-1 chosen, B..2B-1 rejected; float16, bfloat16, float32 or float64.
+        policy_logits: [2B, T, V], the B chosen sequences first; float16, bfloat16, float32 or float64.
             Log-probs and loss are computed in float32 (float64 for float64).
         labels: int64 or int32 [2B, T], the input tokens at their own positions, -100 = ignored. The shift by one
             happens inside and copies no logits.
@@ -112,8 +105,7 @@ def dpo_loss(
             the same pass.
         inplace_backward: let the backward pass write the gradient over policy_logits, which nothing else may then
             read; it saves their size in memory.
-        loss_options: the further fields of `bpo_fast.LossConfig`: loss_weights, ld_alpha, f_divergence_type,
-            f_alpha_divergence_coef, use_weighting, discopop_tau, simpo_gamma.
+        loss_options: the further fields of `bpo_fast.LossConfig`.
 
     Returns:
         PreferenceOutput.
@@ -121,11 +113,11 @@ def dpo_loss(
     Raises:
         TypeError, ValueError: arguments whose kind, shape, dtype, device or range does not fit, unknown options.
 
-    >>> import torch
-    >>> logits = torch.zeros(2, 3, 5)
-    >>> output = dpo_loss(logits, torch.tensor([[-100, 1, 2], [-100, 3, -100]]), ref_logits=logits)
-    >>> output.loss, output.chosen_logps
-    (tensor(0.6931), tensor([-3.2189]))
+    Example:
+        >>> logits = torch.zeros(2, 3, 5)
+        >>> output = dpo_loss(logits, torch.tensor([[-100, 1, 2], [-100, 3, -100]]), ref_logits=logits)
+        >>> output.loss, output.chosen_logps
+        (tensor(0.6931), tensor([-3.2189]))
     """
     config = loss_config(
         beta=beta, loss_type=loss_type, label_smoothing=label_smoothing, average_logps=average_logps, **loss_options
@@ -146,40 +138,39 @@ def dpo_loss(
 
 
 def linear_dpo_loss(
-    policy_hidden,
-    lm_head_weight,
-    labels,
+    policy_hidden: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
     *,
-    ref_hidden=None,
-    ref_logps=None,
-    lm_head_bias=None,
-    lm_head_lora=None,
-    logit_softcap=None,
-    temperature=1.0,
-    beta=0.1,
-    loss_type="sigmoid",
-    label_smoothing=0.0,
-    average_logps=False,
-    with_statistics=False,
-    **loss_options,
-):
+    ref_hidden: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    lm_head_bias: Tensor | None = None,
+    lm_head_lora: tuple[Tensor, Tensor, float] | None = None,
+    logit_softcap: float | None = None,
+    temperature: float = 1.0,
+    beta: float = 0.1,
+    loss_type: str | list[str] = "sigmoid",
+    label_smoothing: float = 0.0,
+    average_logps: bool = False,
+    with_statistics: bool = False,
+    **loss_options: Any,
+) -> PreferenceOutput:
     """Preference loss of B pairs from the last hidden states: `dpo_loss` without logits (see `linear_token_logps`).
 
     Args:
-        policy_hidden: [2B, T, H], rows 0..B-1 chosen, B..2B-1 rejected.
+        policy_hidden: [2B, T, H], the B chosen sequences first.
         lm_head_weight: [V, H]; lm_head_bias: [V] or None.
         lm_head_lora: an adapter on the head, (lora_A [r, H], lora_B [V, r], scaling) as PEFT holds them, or None. The
             reference goes without it.
         labels: as in `dpo_loss`; only positions that predict a response token meet the head.
-        ref_hidden: the reference's, like policy_hidden, through the same head; a constant. Few rows go through the
-            head together with the policy's.
+        ref_hidden: the reference's, like policy_hidden, through the same head; a constant.
         The other arguments, the result and the errors are those of `dpo_loss`.
 
-    >>> import torch
-    >>> hidden, head = torch.ones(2, 3, 4), torch.zeros(5, 4)
-    >>> output = linear_dpo_loss(hidden, head, torch.tensor([[-100, 1, 2], [-100, 3, -100]]), ref_hidden=hidden)
-    >>> output.loss, output.chosen_logps
-    (tensor(0.6931), tensor([-3.2189]))
+    Example:
+        >>> hidden, head = torch.ones(2, 3, 4), torch.zeros(5, 4)
+        >>> output = linear_dpo_loss(hidden, head, torch.tensor([[-100, 1, 2], [-100, 3, -100]]), ref_hidden=hidden)
+        >>> output.loss, output.chosen_logps
+        (tensor(0.6931), tensor([-3.2189]))
     """
     config = loss_config(
         beta=beta, loss_type=loss_type, label_smoothing=label_smoothing, average_logps=average_logps, **loss_options

@@ -13,7 +13,8 @@ from numerics import (
 
 from bpo_fast import dpo_loss, linear_dpo_loss, linear_token_logps, token_logps
 from bpo_fast.kernels.heuristics import row_launch
-from bpo_fast.losses.preference import LossConfig, sequence_preference
+from bpo_fast.losses.config import LossConfig
+from bpo_fast.losses.preference import sequence_preference
 from bpo_fast.ops.rows import num_processors
 
 pytestmark = [
@@ -152,8 +153,8 @@ def test_the_loss_in_one_launch_is_that_of_the_table(average_logps):
     results = []
     for dtype in (torch.float32, torch.float64):
         leaf = logps.to(dtype).requires_grad_()
-        output = sequence_preference(leaf, ref_logps.to(dtype), num_tokens, leaf, config)
-        results.append((output.loss, output.chosen_rewards, torch.autograd.grad(output.loss, leaf)[0]))
+        loss, rewards = sequence_preference(leaf, ref_logps.to(dtype), num_tokens, config)
+        results.append((loss, rewards, torch.autograd.grad(loss, leaf)[0]))
     for ours, exact in zip(*results, strict=True):
         torch.testing.assert_close(ours.double(), exact.double(), rtol=1e-5, atol=1e-6)
 

@@ -14,21 +14,15 @@ from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 
 from bpo_fast import LossConfig, PreferenceOutput, dpo_loss, linear_dpo_loss, preference_loss
-from bpo_fast.losses import preference
-from bpo_fast.losses.preference import desensitized, mean_nll, sequence_preference
-from bpo_fast.losses.table import (
-    F_DIVERGENCE_LOSSES,
-    F_DIVERGENCES,
-    LOSSES,
-    REFERENCE_FREE_LOSSES,
-    SMOOTHED_LOSSES,
-    SORTED_LOSSES,
-)
+from bpo_fast.losses import config as config_module
+from bpo_fast.losses import preference, table
+from bpo_fast.losses.preference import Batch, Responses, token_preference
+from bpo_fast.losses.table import F_DIVERGENCES, LOSSES, losses_that
 from bpo_fast.ops.rows import TokenStatistics
 
 TRL_LOSSES = [name for name in LOSSES if name not in ("simpo", "cpo", "orpo")]
 # TRL does not smooth these two.
-TRL_SMOOTHED_LOSSES = SMOOTHED_LOSSES - {"sigmoid", "sigmoid_norm"}
+TRL_SMOOTHED_LOSSES = losses_that("smoothed") - {"sigmoid", "sigmoid_norm"}
 ACCELERATOR = SimpleNamespace(
     device=torch.device("cpu"), gather=lambda x: x, gather_for_metrics=lambda x: x, unwrap_model=lambda x: x
 )
@@ -103,25 +97,16 @@ def trl_loss(case, config):
     )
 
 
+def padded(mask):
+    """Responses laid out as [2B, T], tokens where `mask`."""
+    pairs = (torch.arange(len(mask)) % (len(mask) // 2))[:, None]
+    return Responses(lambda values: values.sum(1), lambda: (mask.cumsum(1) - 1, pairs), mask.sum(1))
+
+
 def our_loss(case, config):
     leaf = case.token_logps.clone().requires_grad_()
-    num_tokens = case.mask.sum(1)
-    pairs = (torch.arange(len(num_tokens)) % (len(num_tokens) // 2))[:, None]
-
-    def sums(token_logps):
-        if config.ld_alpha is None:
-            return token_logps.sum(1)
-        return desensitized(token_logps, case.mask.cumsum(1) - 1, pairs, num_tokens, config.ld_alpha).sum(1)
-
-    output = sequence_preference(
-        sums(leaf),
-        sums(case.ref_token_logps),
-        num_tokens,
-        leaf,
-        config,
-        nll=mean_nll(leaf.sum(1), num_tokens),
-        mean_aligned_logps=(leaf - case.statistics.log_sum_sq_probs).sum(1) / num_tokens,
-        statistics=case.statistics,
+    output = token_preference(
+        leaf, padded(case.mask), config, ref_token_logps=case.ref_token_logps, statistics=case.statistics
     )
     (gradient,) = torch.autograd.grad(output.loss, leaf)
     return output, gradient * case.mask
@@ -166,12 +151,12 @@ def test_parity_with_trl(
         label_smoothing=label_smoothing if loss_type in TRL_SMOOTHED_LOSSES else 0.0,
         ld_alpha=ld_alpha,
         # Both refuse to weigh sorted pairs; TRL fails on a weighted "sft" and ours refuses it.
-        use_weighting=use_weighting and loss_type not in SORTED_LOSSES | {"sft"},
+        use_weighting=use_weighting and loss_type not in losses_that("sorts_batch") | {"sft"},
     )
     assert_parity(draw_case(num_pairs, num_tokens, scale, seed), config)
 
 
-@pytest.mark.parametrize("loss_type", sorted(F_DIVERGENCE_LOSSES))
+@pytest.mark.parametrize("loss_type", sorted(losses_that("of_score_differences")))
 @pytest.mark.parametrize("f_divergence_type", F_DIVERGENCES)
 @settings(max_examples=8, deadline=None)
 @given(**CASES, alpha=st.sampled_from([0.0, 0.5, 1.0, 1.7]))
@@ -213,7 +198,8 @@ def reference_free_inputs(case, average):
     num_tokens = case.mask.sum(1)
     leaf = case.token_logps.clone().requires_grad_()
     logps = leaf.sum(1) / num_tokens if average else leaf.sum(1)
-    return leaf, logps, mean_nll(leaf.sum(1), num_tokens)
+    pairs = len(leaf) // 2
+    return leaf, logps, -leaf[:pairs].sum() / num_tokens[:pairs].sum()
 
 
 @pytest.mark.parametrize(("loss_type", "trl_type"), [("cpo", "sigmoid"), ("simpo", "simpo")])
@@ -333,7 +319,7 @@ def test_losses_of_a_models_output_are_trls(options):
     statistics = TokenStatistics(empty, empty.bool(), log_sum_sq_probs, empty)
     case = Case(token_logps.detach(), ref_token_logps, mask, statistics)
     config = LossConfig(**options)
-    if REFERENCE_FREE_LOSSES.issuperset(config.loss_types):
+    if not config.needs_reference:
         output, gradient = our_loss(case, config)
         expected = output.loss.detach()
     else:
@@ -369,22 +355,16 @@ def test_every_option_compiles_without_graph_break(options):
 
 
 def test_a_batch_in_parts_has_the_loss_of_the_whole():
-    """With `nll` as a part's share, the parts' losses weighted by their pairs add up, as a token budget needs."""
+    """The parts' shares of the batch's mean add up, as a token budget needs."""
     case = draw_case(4, 6, 2.0, seed=5)
     config = LossConfig(["sigmoid", "sft"], loss_weights=[1.0, 0.3], ld_alpha=0.5)
     whole, _ = our_loss(case, config)
-    num_chosen_tokens = case.mask[:4].sum()
+    batch = Batch(num_pairs=4, num_chosen_tokens=int(case.mask[:4].sum()))
     total = 0.0
     for part in (slice(0, 1), slice(1, 4)):
         token_logps, ref_token_logps, mask = (torch.cat([x[:4][part], x[4:][part]]) for x in case[:3])
-        num_tokens, count = mask.sum(1), len(token_logps) // 2
-        pairs = (torch.arange(2 * count) % count)[:, None]
-        logps, ref_logps = (
-            desensitized(x, mask.cumsum(1) - 1, pairs, num_tokens, 0.5).sum(1) for x in (token_logps, ref_token_logps)
-        )
-        nll = -token_logps[:count].sum() / num_chosen_tokens * 4 / count
-        output = sequence_preference(logps, ref_logps, num_tokens, token_logps, config, nll=nll)
-        total += output.loss * count / 4
+        output = token_preference(token_logps, padded(mask), config, ref_token_logps=ref_token_logps, batch=batch)
+        total += output.loss
     torch.testing.assert_close(total, whole.loss, rtol=1e-12, atol=1e-12)
 
 
@@ -403,33 +383,48 @@ COUNTS = {"chosen_num_tokens": torch.ones(1, dtype=torch.int64), "rejected_num_t
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"loss_type": "sigmod"}, "loss_type must be one of sigmoid, hinge, .* got 'sigmod'; did you mean 'sigmoid'?"),
-        ({"loss_type": []}, "loss_type must name at least one loss"),
-        ({"loss_type": ["sigmoid", 3]}, "loss_type must be one of .* got 3."),
-        ({"beta": 0.0}, "beta must be positive, got 0.0."),
-        ({"beta": float("nan")}, "beta must be positive, got nan."),
-        ({"beta": "0.1"}, "beta must be positive, got '0.1'."),
-        ({"label_smoothing": 0.5}, r"label_smoothing must be in \[0, 0.5\), got 0.5."),
-        ({"loss_type": "hinge", "label_smoothing": 0.1}, "has no meaning for loss_type='hinge'; set it to 0 or use"),
-        ({"loss_type": "robust", "label_smoothing": 0.6}, r"label_smoothing must be in \[0, 0.5\)"),
-        ({"loss_type": "exo_pair"}, "label_smoothing must be positive for 'exo_pair', got 0; .* recommends 1e-3."),
-        ({"ld_alpha": 1.5}, r"ld_alpha must be in \[0, 1\], or None to weigh all tokens alike, got 1.5."),
+        (
+            {"loss_type": "sigmod"},
+            "loss_type: found 'sigmod', expected one of sigmoid, .*; did you mean 'sigmoid'?",
+        ),
+        ({"loss_type": []}, "loss_type: found an empty list, expected the name of at least one loss."),
+        ({"loss_type": ["sigmoid", 3]}, "loss_type: found 3, expected one of sigmoid, "),
+        ({"beta": 0.0}, "beta: found 0.0, expected a positive number."),
+        ({"beta": float("nan")}, "beta: found nan, expected a positive number."),
+        ({"beta": "0.1"}, "beta: found '0.1', expected a positive number."),
+        ({"label_smoothing": 0.5}, r"label_smoothing: found 0.5, expected a number in \[0, 0.5\)."),
+        (
+            {"loss_type": "hinge", "label_smoothing": 0.1},
+            "label_smoothing: found 0.1, expected 0 for .*'hinge'",
+        ),
+        (
+            {"loss_type": "robust", "label_smoothing": 0.6},
+            "label_smoothing: found 0.6, expected a number in",
+        ),
+        ({"loss_type": "exo_pair"}, "label_smoothing: found 0, expected above 0 for 'exo_pair'; .* recommends 1e-3."),
+        ({"ld_alpha": 1.5}, r"ld_alpha: found 1.5, expected None or a number in \[0, 1\]."),
         (
             {"loss_weights": [1.0, 2.0]},
-            "loss_weights must hold a finite number for each of sigmoid, got",
+            r"loss_weights: found \[1.0, 2.0\], expected a finite number for each of sigmoid.",
         ),
-        ({"loss_weights": [float("inf")]}, "loss_weights must hold a finite number"),
-        ({"f_divergence_type": "kl"}, "f_divergence_type must be one of reverse_kl, .* got 'kl'"),
+        ({"loss_weights": [float("inf")]}, r"loss_weights: found \[inf\], expected a finite number"),
+        ({"f_divergence_type": "kl"}, "f_divergence_type: found 'kl', expected one of reverse_kl, "),
         (
             {"loss_type": ["sigmoid", "bco_pair"], "f_divergence_type": "forward_kl"},
-            "f_divergence_type='forward_kl' has no meaning for 'bco_pair'; use 'reverse_kl'",
+            "f_divergence_type: found 'forward_kl', expected 'reverse_kl' for 'bco_pair'; ",
         ),
-        ({"loss_type": "simpo", "f_divergence_type": "js_divergence"}, "no meaning for 'simpo'"),
-        ({"f_alpha_divergence_coef": float("inf")}, "f_alpha_divergence_coef must be a finite number, got inf."),
-        ({"discopop_tau": 0}, "discopop_tau must be positive, got 0."),
-        ({"simpo_gamma": -1.0}, "simpo_gamma must be at least 0, got -1.0."),
-        ({"loss_type": "aot", "use_weighting": True}, "use_weighting weighs single pairs, which 'aot' does not have"),
-        ({"loss_type": ["sigmoid", "sft"], "use_weighting": True}, "which 'sft' does not have"),
+        (
+            {"loss_type": "simpo", "f_divergence_type": "js_divergence"},
+            "expected 'reverse_kl' for 'simpo'",
+        ),
+        ({"f_alpha_divergence_coef": float("inf")}, "f_alpha_divergence_coef: found inf, expected a finite number."),
+        ({"discopop_tau": 0}, "discopop_tau: found 0, expected a positive number."),
+        ({"simpo_gamma": -1.0}, "simpo_gamma: found -1.0, expected a number of at least 0."),
+        (
+            {"loss_type": "aot", "use_weighting": True},
+            "use_weighting: found True, expected False for 'aot'",
+        ),
+        ({"loss_type": ["sigmoid", "sft"], "use_weighting": True}, "expected False for 'sft'"),
     ],
 )
 def test_mistakes_of_a_config_are_named(options, words):
@@ -444,42 +439,49 @@ def test_mistakes_of_a_config_are_named(options, words):
         (
             lambda: preference_loss(ONE, ONE, ONE, ONE, simpo_gama=1.0),
             TypeError,
-            "'simpo_gama' is no option of a preference loss; did you mean 'simpo_gamma'?",
+            "did you mean 'simpo_gamma'?",
         ),
         (
             lambda: dpo_loss(torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64), zzz=1.0),
             TypeError,
-            "'zzz' is no option of a preference loss; expected one of loss_type, beta",
+            "zzz: found no such option of a loss, expected one of loss_type, beta",
         ),
-        (lambda: LossConfig(None), TypeError, "loss_type must be the name of a loss or a list of names, got None."),
-        (lambda: LossConfig([["sigmoid"]]), ValueError, "got ['sigmoid'];"),
-        (lambda: LossConfig(loss_weights=0.5), TypeError, "loss_weights must be a list of numbers or None, got 0.5."),
-        (lambda: preference_loss(ONE, ONE, ONE, ONE, ld_alpha=0.5), ValueError, "ld_alpha needs the log-probs of"),
-        (lambda: preference_loss(ONE, ONE, None, None, use_weighting=True), ValueError, "use_weighting needs the"),
+        (
+            lambda: LossConfig(None),
+            TypeError,
+            "loss_type: found None, expected the name of a loss or a list of names.",
+        ),
+        (lambda: LossConfig([["sigmoid"]]), ValueError, "loss_type: found ['sigmoid'], expected one of"),
+        (
+            lambda: LossConfig(loss_weights=0.5),
+            TypeError,
+            "loss_weights: found 0.5, expected a list of numbers or",
+        ),
+        (
+            lambda: preference_loss(ONE, ONE, ONE, ONE, ld_alpha=0.5),
+            ValueError,
+            "ld_alpha: found 0.5 without",
+        ),
+        (
+            lambda: preference_loss(ONE, ONE, None, None, use_weighting=True),
+            ValueError,
+            "use_weighting: found True",
+        ),
         (
             lambda: preference_loss(ONE, ONE, None, None, loss_type="sft"),
             ValueError,
-            "chosen_num_tokens and rejected_num_tokens must be given for 'sft' and average_logps, got None.",
+            "chosen_num_tokens and rejected_num_tokens: found None, expected both for 'sft' and means.",
         ),
         (lambda: preference_loss(ONE, ONE, None, None, **COUNTS), TypeError, "rejected_num_tokens must be an int64"),
         (
             lambda: preference_loss(ONE, ONE, None, None, chosen_num_tokens=COUNTS["chosen_num_tokens"]),
             ValueError,
-            "chosen_num_tokens and rejected_num_tokens must be given together",
+            "chosen_num_tokens and rejected_num_tokens: found one of them, expected both or neither.",
         ),
         (
-            lambda: sequence_preference(
-                torch.zeros(2), None, torch.ones(2), torch.zeros(2, 3), LossConfig(use_weighting=True)
-            ),
+            lambda: token_preference(torch.zeros(2, 3), padded(torch.ones(2, 3)), LossConfig(use_weighting=True)),
             ValueError,
-            "mean_aligned_logps must be given for use_weighting, got None.",
-        ),
-        (
-            lambda: sequence_preference(
-                torch.zeros(2), None, torch.ones(2), torch.zeros(2, 3), LossConfig("sft", ld_alpha=0.5)
-            ),
-            ValueError,
-            "nll must be given for 'sft' with ld_alpha, got None",
+            "statistics: found None, expected those of the policy's tokens; use_weighting reads them.",
         ),
     ],
 )
@@ -491,4 +493,4 @@ def test_mistakes_of_a_call_are_named(call, error, words):
 
 
 def test_examples():
-    assert doctest.testmod(preference).failed == 0
+    assert sum(doctest.testmod(module).failed for module in (config_module, table, preference)) == 0

@@ -2,12 +2,13 @@
 
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from bpo_fast import preference_loss
-from bpo_fast.losses.table import LOSSES
+from bpo_fast.losses.table import LOSSES, table_markdown
 
 
 def softplus(x):
@@ -138,5 +139,10 @@ def test_log_odds_keep_their_digits_where_a_probability_is_near_one():
 
 
 def test_every_loss_has_its_formula_and_source():
-    for name, function in LOSSES.items():
-        assert name == "sft" or re.search(r"\d{4}\.\d{5}", function.__doc__), name
+    for name, entry in LOSSES.items():
+        assert entry.values.__doc__.endswith("."), name
+        assert name == "sft" or re.search(r"\d{4}\.\d{5}", entry.paper), name
+
+
+def test_the_kept_page_of_losses_is_what_the_table_makes():
+    assert (Path(__file__).resolve().parents[2] / "docs" / "losses.md").read_text() == table_markdown()

@@ -20,7 +20,8 @@ from bpo_fast.kernels import heuristics
 from bpo_fast.kernels import sequence_logps as kernels
 from bpo_fast.kernels import sigmoid_preference as preference_kernel
 from bpo_fast.losses import preference
-from bpo_fast.losses.preference import LossConfig, sequence_preference
+from bpo_fast.losses.config import LossConfig
+from bpo_fast.losses.preference import sequence_preference
 from bpo_fast.ops import head_sweep
 from bpo_fast.ops import token_logps as logits_op
 from bpo_fast.ops.linear_token_logps import linear_logsumexp
@@ -154,8 +155,8 @@ def test_sigmoid_preference_is_the_loss_of_the_table(num_pairs, with_reference, 
     for dtype in (torch.float32, torch.float64):
         leaf = logps.to(dtype).requires_grad_()
         reference = None if ref_logps is None else ref_logps.to(dtype)
-        output = sequence_preference(leaf, reference, num_tokens, leaf, config)
-        results.append((output.loss, torch.autograd.grad(output.loss, leaf)[0], output.rejected_rewards))
+        loss, rewards = sequence_preference(leaf, reference, num_tokens, config)
+        results.append((loss, torch.autograd.grad(loss, leaf)[0], rewards))
     for ours, exact in zip(*results, strict=True):
         torch.testing.assert_close(ours.double(), exact.double(), rtol=1e-5, atol=1e-6)
 
