@@ -13,9 +13,9 @@ from torch import Tensor
 from bpo_fast.losses.config import loss_config
 from bpo_fast.losses.output import PreferenceOutput
 from bpo_fast.losses.preference import Responses, token_preference
-from bpo_fast.ops.checks import IGNORE_INDEX, check_indices, check_same, check_tensor
+from bpo_fast.ops.checks import IGNORE_INDEX, check_indices, check_same, check_tensor, check_transform
 from bpo_fast.ops.linear_token_logps import check_head, linear_sequence_logps
-from bpo_fast.ops.rows import TokenStatistics, check_transform
+from bpo_fast.ops.rows import TokenStatistics
 from bpo_fast.ops.token_logps import sequence_logps
 
 

@@ -232,7 +232,7 @@ def token_preference(
     pair_weights = None
     if config.use_weighting:
         if statistics is None:
-            raise ValueError("statistics: found None, expected those of the policy's tokens; use_weighting reads them.")
+            raise ValueError("statistics: found None, expected those of the policy's tokens for use_weighting.")
         # WPO: the mean over each response's tokens, a constant; both responses' weights multiplied.
         aligned = responses.sums(token_logps.detach() - statistics.log_sum_sq_probs) / num_tokens.clamp(min=1)
         pair_weights = aligned.view(2, -1).sum(0).exp()

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bpo_fast.ops.checks import IGNORE_INDEX, check_indices, check_same, check_tensor
+from bpo_fast.ops.checks import IGNORE_INDEX, check_indices, check_same, check_tensor, check_transform
 from bpo_fast.ops.head_sweep import linear_token_logps_op
-from bpo_fast.ops.rows import TokenStatistics, accumulation_dtype, check_transform
+from bpo_fast.ops.rows import TokenStatistics, accumulation_dtype
 from bpo_fast.ops.token_logps import SequenceLogps
 
 

@@ -50,14 +50,6 @@ def block_rows(vocab_size):
     return max(1, BLOCK_BYTES // (4 * vocab_size))
 
 
-def check_transform(logit_softcap, temperature):
-    """Raise ValueError for a cap or a temperature that is not positive."""
-    if logit_softcap is not None and not logit_softcap > 0:
-        raise ValueError(f"logit_softcap must be positive or None, got {logit_softcap}.")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}.")
-
-
 def final_logits(logits, softcap, temperature):
     """What the softmax sees of logits of any shape; differentiable."""
     if softcap is not None:

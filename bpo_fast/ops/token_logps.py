@@ -8,12 +8,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bpo_fast.ops.checks import IGNORE_INDEX, check_indices, check_same, check_target_range, check_tensor
+from bpo_fast.ops.checks import (
+    IGNORE_INDEX,
+    check_indices,
+    check_same,
+    check_target_range,
+    check_tensor,
+    check_transform,
+    describe,
+)
 from bpo_fast.ops.rows import (
     TokenStatistics,
     accumulation_dtype,
     block_rows,
-    check_transform,
     exponentiate,
     final_logits_,
     num_processors,
@@ -329,14 +336,14 @@ def token_logps(
     >>> token_logps(torch.tensor([[0.0, 0.0], [1.0, 2.0]]), torch.tensor([0, -100]))
     tensor([-0.6931,  0.0000])
     """
-    if not isinstance(logits, Tensor) or logits.ndim < 1:
-        raise ValueError("logits must be a tensor of shape [..., V] with at least one dimension.")
-    check_tensor("logits", logits, (*logits.shape[:-1], "V"))
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"logits: found {describe(logits)}, expected a tensor [..., V] of a floating-point dtype.")
+    check_tensor("logits", logits, ("...", "V"))
     check_indices("targets", targets, logits.shape[:-1])
     check_same("targets", targets, "logits", logits)
     check_transform(logit_softcap, temperature)
     if not logits.shape[-1]:
-        raise ValueError("logits must have a vocabulary of at least one column, got V = 0.")
+        raise ValueError(f"logits: found {describe(logits)}, expected [..., V] with V of at least 1.")
     rows = logits.reshape(1, -1, logits.shape[-1]) if logits.ndim != 3 else logits
     row_targets = targets.reshape(rows.shape[:2]).to(torch.int64)
     logps, _, _, _, statistics, _ = _sequence_logps(

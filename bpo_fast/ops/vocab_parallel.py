@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bpo_fast.ops.checks import IGNORE_INDEX, check_indices, check_same, check_tensor
+from bpo_fast.ops.checks import IGNORE_INDEX, check_indices, check_same, check_tensor, check_transform
 from bpo_fast.ops.head_products import target_logits
 from bpo_fast.ops.linear_token_logps import check_head, linear_logsumexp
-from bpo_fast.ops.rows import check_transform, final_logits
+from bpo_fast.ops.rows import final_logits
 
 
 class _SumGradients(torch.autograd.Function):
@@ -93,7 +93,7 @@ def vocab_parallel_token_logps(
         logps = vocab_parallel_token_logps(hidden, shard, targets, vocab_start=rank * half)
         ```
     """
-    check_tensor("hidden", hidden, (*hidden.shape[:-1], "H"))
+    check_tensor("hidden", hidden, ("...", "H"))
     check_indices("targets", targets, hidden.shape[:-1])
     check_same("targets", targets, "hidden", hidden)
     check_head("hidden", hidden, "weight_shard", weight_shard, "bias_shard", bias_shard, None, None)

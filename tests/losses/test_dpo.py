@@ -342,7 +342,7 @@ LOGITS, LABELS, HEAD = torch.zeros(4, 3, 5), torch.zeros(4, 3, dtype=torch.int64
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
-        (lambda: dpo_loss(LOGITS[0], LABELS), ValueError, "policy_logits must have shape [2B, T, V], got [3, 5]"),
+        (lambda: dpo_loss(LOGITS[0], LABELS), ValueError, "policy_logits: found float32 [3, 5], expected [2B, T, V]."),
         (
             lambda: dpo_loss(LOGITS[:3], LABELS[:3]),
             ValueError,
@@ -354,17 +354,37 @@ LOGITS, LABELS, HEAD = torch.zeros(4, 3, 5), torch.zeros(4, 3, dtype=torch.int64
             "policy_logits: found shape [0, 3, 5], expected [2B, T, V]",
         ),
         (lambda: dpo_loss(LOGITS[:, :, :0], LABELS), ValueError, "V of at least 1"),
-        (lambda: dpo_loss(LOGITS, LABELS[:, 1:]), ValueError, "labels must have shape [4, 3], got [4, 2]"),
-        (lambda: dpo_loss(LOGITS, LABELS + 5), ValueError, "labels must be in [0, 5) or -100 (ignored), found 5"),
-        (lambda: dpo_loss(LOGITS, LABELS.float()), TypeError, "labels must be an int64 or int32 tensor"),
+        (lambda: dpo_loss(LOGITS, LABELS[:, 1:]), ValueError, "labels: found int64 [4, 2], expected [4, 3]."),
+        (
+            lambda: dpo_loss(LOGITS, LABELS + 5),
+            ValueError,
+            "(labels): found 5, expected 0 to 4, or -100 where ignored;",
+        ),
+        (
+            lambda: dpo_loss(LOGITS, LABELS.float()),
+            TypeError,
+            "labels: found float32 [4, 3], expected a tensor [4, 3] of int64 or int32.",
+        ),
         (
             lambda: dpo_loss(LOGITS, LABELS, ref_logits=LOGITS, ref_logps=torch.zeros(4)),
             ValueError,
             "ref_logits and ref_logps: found both, expected one",
         ),
-        (lambda: dpo_loss(LOGITS, LABELS, ref_logits=LOGITS.half()), TypeError, "ref_logits is float16"),
-        (lambda: dpo_loss(LOGITS, LABELS, ref_logits=LOGITS[:2]), ValueError, "ref_logits must have shape [4, 3, 5]"),
-        (lambda: dpo_loss(LOGITS, LABELS, ref_logps=torch.zeros(2)), ValueError, "ref_logps must have shape [4]"),
+        (
+            lambda: dpo_loss(LOGITS, LABELS, ref_logits=LOGITS.half()),
+            TypeError,
+            "ref_logits: found float16, expected float32 like policy",
+        ),
+        (
+            lambda: dpo_loss(LOGITS, LABELS, ref_logits=LOGITS[:2]),
+            ValueError,
+            "ref_logits: found float32 [2, 3, 5], expected [4, 3, 5].",
+        ),
+        (
+            lambda: dpo_loss(LOGITS, LABELS, ref_logps=torch.zeros(2)),
+            ValueError,
+            "ref_logps: found float32 [2], expected [4].",
+        ),
         (lambda: dpo_loss(LOGITS, LABELS, loss_type="dpo"), ValueError, "expected one of sigmoid, hinge, ipo"),
         (lambda: dpo_loss(LOGITS, LABELS, beta=0.0), ValueError, "beta: found 0.0, expected a positive number"),
         (lambda: dpo_loss(LOGITS, LABELS, label_smoothing=0.5), ValueError, "expected a number in [0, 0.5)"),
@@ -373,21 +393,25 @@ LOGITS, LABELS, HEAD = torch.zeros(4, 3, 5), torch.zeros(4, 3, dtype=torch.int64
             ValueError,
             "expected 0 for loss_type='ipo'",
         ),
-        (lambda: linear_dpo_loss(LOGITS, HEAD[:, 1:], LABELS), ValueError, "lm_head_weight must have shape [V, 5]"),
+        (
+            lambda: linear_dpo_loss(LOGITS, HEAD[:, 1:], LABELS),
+            ValueError,
+            "lm_head_weight: found float32 [7, 4], expected [V, 5].",
+        ),
         (
             lambda: linear_dpo_loss(LOGITS, HEAD.half(), LABELS),
             TypeError,
-            "lm_head_weight is float16 but policy_hidden",
+            "lm_head_weight: found float16, expected float32 like policy_hidden; cast",
         ),
         (
             lambda: linear_dpo_loss(LOGITS, HEAD, LABELS, logit_softcap=-1),
             ValueError,
-            "logit_softcap must be positive",
+            "logit_softcap: found -1, expected a positive number or None.",
         ),
         (
             lambda: linear_dpo_loss(LOGITS, HEAD, LABELS, lm_head_bias=torch.zeros(5)),
             ValueError,
-            "lm_head_bias must have shape [7], got [5]",
+            "lm_head_bias: found float32 [5], expected [7].",
         ),
         (
             lambda: linear_dpo_loss(LOGITS, HEAD, LABELS, ref_hidden=LOGITS, ref_logps=torch.zeros(4)),
@@ -397,7 +421,7 @@ LOGITS, LABELS, HEAD = torch.zeros(4, 3, 5), torch.zeros(4, 3, dtype=torch.int64
         (
             lambda: preference_loss(torch.zeros(2), torch.zeros(3), None, None),
             ValueError,
-            "rejected_logps must have shape [2], got [3]",
+            "rejected_logps: found float32 [3], expected [2].",
         ),
         (
             lambda: preference_loss(torch.zeros(2), torch.zeros(2), torch.zeros(2), None),

@@ -230,17 +230,32 @@ def test_compiles_without_graph_break(inplace_backward):
     assert torch.equal(grad, eager_grad)
 
 
+INT_LOGITS = "logits: found int64 [2, 3], expected a tensor [..., V] of a floating-point dtype."
+FLOAT_TARGETS = "targets: found float32 [2], expected a tensor [2] of int64 or int32."
+
+
 @pytest.mark.parametrize(
     ("logits", "targets", "error", "words"),
     [
-        ([1.0], torch.tensor(0), ValueError, "logits must be a tensor"),
-        (torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), TypeError, "got int64 [2, 3]"),
-        (torch.zeros(2, 3), torch.zeros(2), TypeError, "targets must be an int64 or int32 tensor, got float32 [2]"),
-        (torch.zeros(2, 3), torch.zeros(3, dtype=torch.int64), ValueError, "targets must have shape [2], got [3]"),
-        (torch.zeros(2, 0), torch.zeros(2, dtype=torch.int64), ValueError, "V = 0"),
-        (torch.zeros(2, 3), torch.tensor([0, 3]), ValueError, "found 3"),
-        (torch.zeros(2, 3), torch.tensor([-1, 0]), ValueError, "found -1"),
-        (torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64, device="meta"), ValueError, "targets is on meta"),
+        ([1.0], torch.tensor(0), ValueError, "logits: found list, expected a tensor [..., V] of a floating-point"),
+        (torch.tensor(1.0), torch.tensor(0), ValueError, "logits: found float32 [], expected [..., V]."),
+        (torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), TypeError, INT_LOGITS),
+        (torch.zeros(2, 3), torch.zeros(2), TypeError, FLOAT_TARGETS),
+        (torch.zeros(2, 3), torch.zeros(3, dtype=torch.int64), ValueError, "targets: found int64 [3], expected [2]."),
+        (
+            torch.zeros(2, 0),
+            torch.zeros(2, dtype=torch.int64),
+            ValueError,
+            "logits: found float32 [2, 0], expected [..., V] with V of at least 1.",
+        ),
+        (torch.zeros(2, 3), torch.tensor([0, 3]), ValueError, "targets (labels): found 3, expected 0 to 2, or -100"),
+        (torch.zeros(2, 3), torch.tensor([-1, 0]), ValueError, "targets (labels): found -1, expected 0 to 2, or -100"),
+        (
+            torch.zeros(2, 3),
+            torch.zeros(2, dtype=torch.int64, device="meta"),
+            ValueError,
+            "targets: found on meta, expected on cpu like logits; move",
+        ),
     ],
 )
 def test_errors_name_the_argument(logits, targets, error, words):
@@ -252,7 +267,7 @@ def test_errors_name_the_argument(logits, targets, error, words):
 
 @pytest.mark.parametrize(("option", "value"), [("logit_softcap", 0.0), ("temperature", -1.0)])
 def test_transforms_that_make_no_sense(option, value):
-    with pytest.raises(ValueError, match=f"{option} must be positive"):
+    with pytest.raises(ValueError, match=f"^{option}: found {value}, expected a positive number"):
         token_logps(torch.zeros(2, 3), torch.tensor([0, 1]), **{option: value})
 
 
