@@ -176,8 +176,13 @@ def linear_dpo_loss(
         beta=beta, loss_type=loss_type, label_smoothing=label_smoothing, average_logps=average_logps, **loss_options
     )
     _check_pairs("policy_hidden", policy_hidden, "H", labels, "ref_hidden", ref_hidden, ref_logps)
-    head = ("lm_head_weight", lm_head_weight, "lm_head_bias", lm_head_bias, "lm_head_lora", lm_head_lora)
-    check_head("policy_hidden", policy_hidden, *head)
+    check_head(
+        "policy_hidden",
+        policy_hidden,
+        weight=("lm_head_weight", lm_head_weight),
+        bias=("lm_head_bias", lm_head_bias),
+        lora=("lm_head_lora", lm_head_lora),
+    )
     check_transform(logit_softcap, temperature)
     targets = _shifted(labels)
     found = linear_sequence_logps(

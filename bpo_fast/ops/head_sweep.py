@@ -10,12 +10,15 @@ its own, (onehot - p) B, and PyTorch takes its gradient on to A and h. The head 
 and B are in the accumulation dtype.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from bpo_fast.ops.checks import IGNORE_INDEX, check_target_range
 from bpo_fast.ops.head_products import add_head_gradient_, fill_logits_, times_head
-from bpo_fast.ops.rows import accumulation_dtype, block_rows, exponentiate, final_logits_, runs_in_triton
+from bpo_fast.ops.rows import accumulation_dtype
+from bpo_fast.ops.unit_gradient import Head, logps_, unit_gradient_
 
 # Float32 logits of a chunk of tokens: on the CPU this many bytes, on a GPU this share of its memory, but at least as
 # many bytes as below. 1/128 is 384 MiB of a 48 GB card, 640 MiB of an 80 GB one.
@@ -25,6 +28,53 @@ GPU_SCRATCH_SHARE = 128
 # A chunk is whole tiles of the matrix product, and enough of them that the product does not wait for the head's bytes.
 TILE_ROWS = 128
 LEAST_ROWS = 256
+
+
+class Tokens(NamedTuple):
+    """n tokens: `hidden` [n, H]; `targets` int64 [n] or None; `low_rank` z [n, r] or None."""
+
+    hidden: Tensor
+    targets: Tensor | None
+    low_rank: Tensor | None
+
+    def at(self, where):
+        """Those at a slice or at indices; all for None."""
+        return self if where is None else Tokens(*(None if x is None else x[where] for x in self))
+
+
+class Swept(NamedTuple):
+    """What a sweep makes: log-probs [n]; unit-gradient rows [n, H] and low-rank rows [n, r], or None."""
+
+    logps: Tensor
+    rows: Tensor | None
+    low_rank_rows: Tensor | None
+
+
+class Arguments(NamedTuple):
+    """The op's arguments by name; in its backward pass, which of them want a gradient, and the gradients."""
+
+    hidden: Tensor | None = None
+    ref_hidden: Tensor | None = None
+    weight: Tensor | None = None
+    targets: Tensor | None = None
+    bias: Tensor | None = None
+    low_rank: Tensor | None = None
+    low_rank_weight: Tensor | None = None
+    softcap: float | None = None
+    temperature: float | None = None
+    with_rows: bool | None = None
+    with_statistics: bool | None = None
+    dense: bool | None = None
+
+
+class Outputs(NamedTuple):
+    """The op's outputs by name, all in the accumulation dtype; what is not asked for is empty."""
+
+    logps: Tensor
+    ref_logps: Tensor
+    rows: Tensor
+    low_rank_rows: Tensor
+    statistics: Tensor
 
 
 def chunk_rows(vocab_size, dtype, device):
@@ -49,48 +99,6 @@ def token_chunks(num_tokens, most):
     return [slice(start, min(start + step, num_tokens)) for start in range(0, num_tokens, step or 1)]
 
 
-class _Transform:
-    """From logits to log-probs and unit gradients, with the options that every chunk of a call shares."""
-
-    def __init__(self, bias, softcap, temperature):
-        self.bias, self.softcap, self.temperature = bias, softcap, temperature
-
-    def __call__(self, logits, targets, scale, dtype, statistics):
-        """Log-probs [n] of a chunk of logits [n, V], whose memory is used up; fills `statistics` [4, n] where given.
-
-        With `dtype` (else None) also scale * (onehot - p) * slope of the final logits, [n, V]: on CUDA in that dtype,
-        on the CPU in the accumulation dtype. Without targets: minus the log-sum-exp, and its gradient.
-        """
-        logps = logits.new_empty(len(logits))
-        if runs_in_triton(logits):
-            from bpo_fast.kernels.unit_gradient import launch_unit_gradient
-
-            gradient = None if dtype is None else logits.view(dtype)[:, : logits.shape[1]]
-            launch_unit_gradient(
-                logits, gradient, targets, self.bias, scale, logps, statistics, self.softcap, self.temperature
-            )
-            return logps, gradient
-        step = block_rows(logits.shape[1])
-        for start in range(0, len(logits), step):
-            block = slice(start, start + step)
-            rows, row_targets = logits[block], None if targets is None else targets[block]
-            row_statistics = None if statistics is None else statistics[:, block]
-            if self.bias is not None:
-                rows += self.bias
-            slope = final_logits_(rows, self.softcap, self.temperature, with_slope=dtype is not None)
-            logps[block], _, row_sum = exponentiate(rows, row_targets, rows, row_statistics)
-            if dtype is None:
-                continue
-            rows.div_(-row_sum)
-            if targets is not None:
-                rows.scatter_add_(1, row_targets[:, None], torch.ones_like(row_sum))
-            if slope is not None:
-                rows.mul_(slope)
-            if scale is not None:
-                rows.mul_(scale[block, None])
-        return logps, logits
-
-
 def _kept(targets, dense):
     """Indices of the tokens that meet the head, None if all of them do: no targets, or `dense` promises so."""
     if targets is None or dense:
@@ -99,76 +107,68 @@ def _kept(targets, dense):
     return None if len(kept) == len(targets) else kept
 
 
-def _take(tensor, kept):
-    return tensor if tensor is None or kept is None else tensor[kept]
-
-
-def _spread(values, kept, num_tokens):
-    """values [..., n] at the places `kept` of zeros [..., num_tokens]."""
+def _spread(values, kept, num_tokens, dim=0):
+    """values of the tokens `kept`, which lie along `dim`, at their places among zeros for `num_tokens`."""
     if kept is None:
         return values
-    return values.new_zeros(*values.shape[:-1], num_tokens).index_copy_(-1, kept, values)
+    shape = (*values.shape[:dim], num_tokens, *values.shape[dim + 1 :])
+    return values.new_zeros(shape).index_copy_(dim, kept, values)
 
 
-def _spread_rows(rows, kept, num_tokens):
-    return rows if kept is None else rows.new_zeros(num_tokens, rows.shape[1]).index_copy_(0, kept, rows)
-
-
-def _logits_of_chunks(hidden, weight, low_rank, low_rank_weight):
+def _logits_of_chunks(tokens, head):
     """(slice of tokens, their logits) of each chunk; the next chunk's logits take the same memory."""
-    dtype = accumulation_dtype(hidden.dtype)
-    chunks = token_chunks(len(hidden), chunk_rows(len(weight), dtype, hidden.device))
-    buffer = hidden.new_empty(chunks[0].stop if chunks else 0, len(weight), dtype=dtype)
+    dtype = accumulation_dtype(tokens.hidden.dtype)
+    most = chunk_rows(len(head.weight), dtype, tokens.hidden.device)
+    chunks = token_chunks(len(tokens.hidden), most)
+    buffer = tokens.hidden.new_empty(chunks[0].stop if chunks else 0, len(head.weight), dtype=dtype)
     for chunk in chunks:
         logits = buffer[: chunk.stop - chunk.start]
-        fill_logits_(logits, hidden[chunk], weight)
-        if low_rank is not None:
-            fill_logits_(logits, low_rank[chunk], low_rank_weight, add=True)
+        fill_logits_(logits, tokens.hidden[chunk], head.weight)
+        if tokens.low_rank is not None:
+            fill_logits_(logits, tokens.low_rank[chunk], head.low_rank_weight, add=True)
         yield chunk, logits
 
 
-def _sweep(hidden, weight, targets, low_rank, low_rank_weight, transform, with_rows, statistics):
-    """logps [n], rows [n, H] and low-rank rows [n, r] (or None) of tokens that all meet the head, chunk by chunk."""
-    dtype = accumulation_dtype(hidden.dtype)
-    logps = hidden.new_empty(len(hidden), dtype=dtype)
-    rows = low_rank_rows = None
-    if with_rows:
-        rows = torch.empty_like(hidden, dtype=dtype)
-        low_rank_rows = None if low_rank is None else torch.empty_like(low_rank)
-    for chunk, logits in _logits_of_chunks(hidden, weight, low_rank, low_rank_weight):
-        logps[chunk], gradient = transform(
-            logits,
-            None if targets is None else targets[chunk],
-            None,
-            hidden.dtype if with_rows else None,
-            None if statistics is None else statistics[:, chunk],
-        )
-        if with_rows:
-            rows[chunk] = times_head(gradient, weight)
-            if low_rank is not None:
-                low_rank_rows[chunk] = times_head(gradient, low_rank_weight)
-    return logps, rows, low_rank_rows
+def _sweep(tokens, head, with_rows, statistics=None):
+    """`Swept` of tokens that all meet the head, chunk by chunk; fills `statistics` [4, n] where given."""
+    dtype = accumulation_dtype(tokens.hidden.dtype)
+    logps = tokens.hidden.new_empty(len(tokens.hidden), dtype=dtype)
+    rows = torch.empty_like(tokens.hidden, dtype=dtype) if with_rows else None
+    low_rank_rows = torch.empty_like(tokens.low_rank) if with_rows and tokens.low_rank is not None else None
+    for chunk, logits in _logits_of_chunks(tokens, head):
+        targets = None if tokens.targets is None else tokens.targets[chunk]
+        chunk_statistics = None if statistics is None else statistics[:, chunk]
+        if not with_rows:
+            logps[chunk] = logps_(logits, targets, head, chunk_statistics)
+            continue
+        logps[chunk], gradient = unit_gradient_(logits, targets, head, chunk_statistics)
+        rows[chunk] = times_head(gradient, head.weight)
+        if low_rank_rows is not None:
+            low_rank_rows[chunk] = times_head(gradient, head.low_rank_weight)
+    return Swept(logps, rows, low_rank_rows)
 
 
-def _stacked_sweep(hidden, ref_hidden, weight, targets, low_rank, low_rank_weight, transform, with_rows, statistics):
-    """`_sweep` of policy and reference rows in one product, which reads the head once: for few rows.
+def _stacked_sweep(tokens, ref_hidden, head, with_rows, statistics):
+    """`Swept` of the policy, and log-probs of the reference, by one product, which reads the head once: for few rows.
 
     Both halves begin at a whole tile and run through the same steps, so equal hidden states give equal log-probs.
     """
+    hidden, targets, low_rank = tokens
     dtype, count = accumulation_dtype(hidden.dtype), len(hidden)
     half = _whole_tiles(count)
     both = hidden.new_zeros(2 * half, hidden.shape[1])
     both[:count], both[half : half + count] = hidden, ref_hidden
-    logits = hidden.new_empty(2 * half, len(weight), dtype=dtype)
-    fill_logits_(logits, both, weight)
+    logits = hidden.new_empty(2 * half, len(head.weight), dtype=dtype)
+    fill_logits_(logits, both, head.weight)
     policy, reference = logits[:count], logits[half : half + count]
-    ref_logps, _ = transform(reference, targets, None, None, None)
+    ref_logps = logps_(reference, targets, head)
     if low_rank is not None:
-        fill_logits_(policy, low_rank, low_rank_weight, add=True)
-    logps, gradient = transform(policy, targets, None, hidden.dtype if with_rows else None, statistics)
-    rows = times_head(gradient, weight) if with_rows else None
-    low_rank_rows = times_head(gradient, low_rank_weight) if with_rows and low_rank is not None else None
-    return logps, ref_logps, rows, low_rank_rows
+        fill_logits_(policy, low_rank, head.low_rank_weight, add=True)
+    if not with_rows:
+        return Swept(logps_(policy, targets, head, statistics), None, None), ref_logps
+    logps, gradient = unit_gradient_(policy, targets, head, statistics)
+    low_rank_rows = None if low_rank is None else times_head(gradient, head.low_rank_weight)
+    return Swept(logps, times_head(gradient, head.weight), low_rank_rows), ref_logps
 
 
 @torch.library.custom_op("bpo_fast::linear_token_logps", mutates_args=())
@@ -186,62 +186,60 @@ def linear_token_logps_op(
     with_statistics: bool,
     dense: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """logps [N], ref_logps [N], unit-gradient rows [N, H], low-rank rows [N, r], statistics [4, N].
+    """`Outputs`: logps [N], ref_logps [N], unit-gradient rows [N, H], low-rank rows [N, r], statistics [4, N].
 
-    All in the accumulation dtype: rows in hidden's 16-bit dtype would be rounded twice, here and after the loss has
-    scaled them. What is not asked for is empty. Without targets: minus the log-sum-exp.
+    Rows in hidden's 16-bit dtype would be rounded twice, here and after the loss has scaled them. Without targets:
+    minus the log-sum-exp.
     """
     num_tokens = len(hidden)
     if targets is not None:
         check_target_range(targets, len(weight))
     kept = _kept(targets, dense)
-    hidden, ref_hidden, targets, low_rank = (_take(tensor, kept) for tensor in (hidden, ref_hidden, targets, low_rank))
-    transform = _Transform(bias, softcap, temperature)
-    dtype = accumulation_dtype(hidden.dtype)
-    statistics = hidden.new_empty(4, len(hidden), dtype=dtype) if with_statistics else None
-    arguments = (weight, targets, low_rank, low_rank_weight, transform, with_rows, statistics)
-    if ref_hidden is not None and 2 * _whole_tiles(len(hidden)) <= chunk_rows(len(weight), dtype, hidden.device):
-        logps, ref_logps, rows, low_rank_rows = _stacked_sweep(hidden, ref_hidden, *arguments)
+    tokens = Tokens(hidden, targets, low_rank).at(kept)
+    count, dtype = len(tokens.hidden), accumulation_dtype(hidden.dtype)
+    head = Head(weight, bias, low_rank_weight, softcap, temperature)
+    statistics = hidden.new_empty(4, count, dtype=dtype) if with_statistics else None
+    ref_logps = None
+    if ref_hidden is None:
+        swept = _sweep(tokens, head, with_rows, statistics)
     else:
-        logps, rows, low_rank_rows = _sweep(hidden, *arguments)
-        ref_logps = None
-        if ref_hidden is not None:
-            ref_logps, _, _ = _sweep(ref_hidden, weight, targets, None, None, transform, False, None)
-    return (
-        _spread(logps, kept, num_tokens),
-        _spread(ref_logps, kept, num_tokens) if ref_hidden is not None else hidden.new_empty(0, dtype=dtype),
-        _spread_rows(rows, kept, num_tokens) if with_rows else hidden.new_empty(0, dtype=dtype),
-        hidden.new_empty(0, dtype=dtype) if low_rank_rows is None else _spread_rows(low_rank_rows, kept, num_tokens),
-        _spread(statistics, kept, num_tokens) if with_statistics else hidden.new_empty(4, 0, dtype=dtype),
+        ref_tokens = Tokens(ref_hidden, targets, None).at(kept)
+        if 2 * _whole_tiles(count) <= chunk_rows(len(weight), dtype, hidden.device):
+            swept, ref_logps = _stacked_sweep(tokens, ref_tokens.hidden, head, with_rows, statistics)
+        else:
+            swept = _sweep(tokens, head, with_rows, statistics)
+            ref_logps = _sweep(ref_tokens, head, with_rows=False).logps
+
+    def spread(made):
+        return hidden.new_empty(0, dtype=dtype) if made is None else _spread(made, kept, num_tokens)
+
+    return Outputs(
+        logps=spread(swept.logps),
+        ref_logps=spread(ref_logps),
+        rows=spread(swept.rows),
+        low_rank_rows=spread(swept.low_rank_rows),
+        statistics=_spread(statistics, kept, num_tokens, dim=1)
+        if with_statistics
+        else hidden.new_empty(4, 0, dtype=dtype),
     )
 
 
 @linear_token_logps_op.register_fake
-def _(
-    hidden,
-    ref_hidden,
-    weight,
-    targets,
-    bias,
-    low_rank,
-    low_rank_weight,
-    softcap,
-    temperature,
-    with_rows,
-    with_statistics,
-    dense,
-):
-    num_tokens, dtype = len(hidden), accumulation_dtype(hidden.dtype)
+def _linear_token_logps_fake(*arguments):
+    given = Arguments(*arguments)
+    num_tokens, dtype = len(given.hidden), accumulation_dtype(given.hidden.dtype)
 
-    def empty(*shape):
-        return hidden.new_empty(shape, dtype=dtype)
+    def empty(like, asked=True):
+        shape = like.shape if asked and like is not None else (0,)
+        return given.hidden.new_empty(shape, dtype=dtype)
 
-    return (
-        empty(num_tokens),
-        empty(0 if ref_hidden is None else num_tokens),
-        empty(*hidden.shape) if with_rows else empty(0),
-        empty(*low_rank.shape) if with_rows and low_rank is not None else empty(0),
-        empty(4, num_tokens if with_statistics else 0),
+    logps = given.hidden.new_empty(num_tokens, dtype=dtype)
+    return Outputs(
+        logps,
+        empty(logps, given.ref_hidden is not None),
+        empty(given.hidden, given.with_rows),
+        empty(given.low_rank, given.with_rows),
+        given.hidden.new_empty(4, num_tokens if given.with_statistics else 0, dtype=dtype),
     )
 
 
@@ -266,70 +264,71 @@ def head_gradient_op(
     order of the chunks.
     """
     kept = _kept(targets, dense)
-    hidden, targets, grad, low_rank = (_take(tensor, kept) for tensor in (hidden, targets, grad, low_rank))
-    transform = _Transform(bias, softcap, temperature)
-    dtype = accumulation_dtype(weight.dtype)
-    grad_weight = torch.zeros(weight.shape if with_weight else (0,), dtype=dtype, device=weight.device)
-    grad_bias = grad_weight.new_zeros(0 if bias is None else len(weight))
-    grad_low_rank = grad_weight.new_zeros((0,) if low_rank is None else low_rank_weight.shape)
-    for chunk, logits in _logits_of_chunks(hidden, weight, low_rank, low_rank_weight):
-        chunk_targets = None if targets is None else targets[chunk]
-        _, gradient = transform(logits, chunk_targets, grad[chunk], hidden.dtype, None)
+    tokens = Tokens(hidden, targets, low_rank).at(kept)
+    grad = grad if kept is None else grad[kept]
+    head = Head(weight, bias, low_rank_weight, softcap, temperature)
+    grad_weight, grad_bias, grad_low_rank = _empty_head_gradients(weight, bias, low_rank_weight, with_weight)
+    for chunk, logits in _logits_of_chunks(tokens, head):
+        here = tokens.at(chunk)
+        _, gradient = unit_gradient_(logits, here.targets, head, scale=grad[chunk])
         if with_weight:
-            add_head_gradient_(grad_weight, gradient, hidden[chunk])
+            add_head_gradient_(grad_weight, gradient, here.hidden)
         if bias is not None:
-            grad_bias += gradient.sum(0, dtype=dtype)
+            grad_bias += gradient.sum(0, dtype=grad_bias.dtype)
         if low_rank is not None:
-            add_head_gradient_(grad_low_rank, gradient, low_rank[chunk])
+            add_head_gradient_(grad_low_rank, gradient, here.low_rank)
     return grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), grad_low_rank
 
 
+def _empty_head_gradients(weight, bias, low_rank_weight, with_weight):
+    """Zeros in the accumulation dtype for what is wanted, empty tensors for the rest."""
+
+    def zeros(like):
+        return weight.new_zeros((0,) if like is None else like.shape, dtype=accumulation_dtype(weight.dtype))
+
+    return zeros(weight if with_weight else None), zeros(bias), zeros(low_rank_weight)
+
+
 @head_gradient_op.register_fake
-def _(
-    grad,
-    hidden,
-    weight,
-    targets,
-    bias,
-    low_rank,
-    low_rank_weight,
-    softcap,
-    temperature,
-    with_weight,
-    dense,
+def _head_gradient_fake(
+    grad, hidden, weight, targets, bias, low_rank, low_rank_weight, softcap, temperature, with_weight, dense
 ):
-    return (
-        torch.empty(weight.shape if with_weight else (0,), dtype=weight.dtype, device=weight.device),
-        weight.new_empty(0 if bias is None else len(weight)),
-        weight.new_empty((0,) if low_rank is None else low_rank_weight.shape, dtype=accumulation_dtype(weight.dtype)),
-    )
+    grad_weight, grad_bias, grad_low_rank = _empty_head_gradients(weight, bias, low_rank_weight, with_weight)
+    return grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), grad_low_rank
+
+
+def _wanted(ctx):
+    """Which arguments want a gradient; behind the op's own, torch.library puts one of its own."""
+    return Arguments(*ctx.needs_input_grad[: len(Arguments._fields)])
 
 
 def _setup_context(ctx, inputs, output):
-    hidden, _, weight, targets, bias, low_rank, low_rank_weight, ctx.softcap, ctx.temperature, _, _, ctx.dense = inputs
-    ctx.hidden_dtype = hidden.dtype
+    given, wanted, made = Arguments(*inputs), _wanted(ctx), Outputs(*output)
+    ctx.hidden_dtype, ctx.softcap, ctx.temperature, ctx.dense = (
+        given.hidden.dtype, given.softcap, given.temperature, given.dense
+    )  # fmt: skip
     ctx.set_materialize_grads(False)
-    ctx.head_is_trained = any(ctx.needs_input_grad[position] for position in (2, 4, 6))
+    ctx.head_is_trained = wanted.weight or wanted.bias or wanted.low_rank_weight
     # Hidden states are kept for the second sweep alone; otherwise the unit-gradient rows are all that stays.
-    head = (hidden, weight, targets, bias, low_rank, low_rank_weight) if ctx.head_is_trained else ()
-    ctx.save_for_backward(output[2], output[3], *head)
+    head = (given.hidden, given.weight, given.targets, given.bias, given.low_rank, given.low_rank_weight)
+    ctx.save_for_backward(made.rows, made.low_rank_rows, *(head if ctx.head_is_trained else ()))
 
 
 def _backward(ctx, grad, *_):
-    grads = [None] * 12
     if grad is None:
-        return tuple(grads)
+        return Arguments()
+    wanted = _wanted(ctx)
     rows, low_rank_rows, *head = ctx.saved_tensors
-    if ctx.needs_input_grad[0]:
-        grads[0] = (grad[:, None] * rows).to(ctx.hidden_dtype)
-    if ctx.needs_input_grad[5]:
-        grads[5] = grad[:, None] * low_rank_rows
+    grads = {}
+    if wanted.hidden:
+        grads["hidden"] = (grad[:, None] * rows).to(ctx.hidden_dtype)
+    if wanted.low_rank:
+        grads["low_rank"] = grad[:, None] * low_rank_rows
     if ctx.head_is_trained:
-        options = (ctx.softcap, ctx.temperature, ctx.needs_input_grad[2], ctx.dense)
-        found = head_gradient_op(grad.contiguous(), *head, *options)
-        for position, gradient in zip((2, 4, 6), found, strict=True):
-            grads[position] = gradient if ctx.needs_input_grad[position] else None
-    return tuple(grads)
+        found = head_gradient_op(grad.contiguous(), *head, ctx.softcap, ctx.temperature, wanted.weight, ctx.dense)
+        for name, gradient in zip(("weight", "bias", "low_rank_weight"), found, strict=True):
+            grads[name] = gradient if getattr(wanted, name) else None
+    return Arguments(**grads)
 
 
 linear_token_logps_op.register_autograd(_backward, setup_context=_setup_context)

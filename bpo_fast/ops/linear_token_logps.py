@@ -3,135 +3,128 @@
 `head_sweep.py` says how.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from bpo_fast.ops.checks import IGNORE_INDEX, check_indices, check_same, check_tensor, check_transform
-from bpo_fast.ops.head_sweep import linear_token_logps_op
+from bpo_fast.ops.head_sweep import Arguments, Outputs, linear_token_logps_op
 from bpo_fast.ops.rows import TokenStatistics, accumulation_dtype
 from bpo_fast.ops.token_logps import SequenceLogps
 
 
-class HeadLora(NamedTuple):
-    """A LoRA adapter on the head: lora_A [r, H], lora_B [V, r] and their scaling, as PEFT names them."""
-
-    lora_A: Tensor
-    lora_B: Tensor
-    scaling: float
-
-
-def check_head(hidden_name, hidden, weight_name, weight, bias_name, bias, lora_name, lora):
-    """The checks that `linear_token_logps` and `linear_dpo_loss` share, under the names of the caller's arguments."""
+def check_head(hidden_name, hidden, *, weight, bias, lora):
+    """The checks that the callers of a head share; weight, bias and lora are (name of the argument, value)."""
+    (weight_name, weight), (bias_name, bias), (lora_name, lora) = weight, bias, lora
     check_tensor(weight_name, weight, ("V", hidden.shape[-1]))
     check_same(weight_name, weight, hidden_name, hidden)
     if not len(weight):
-        raise ValueError(f"{weight_name} must have at least one row, got V = 0.")
+        raise ValueError(f"{weight_name}: found V = 0, expected at least one row.")
     if bias is not None:
         check_tensor(bias_name, bias, (len(weight),))
         check_same(bias_name, bias, hidden_name, hidden)
     if lora is not None:
         if not isinstance(lora, tuple) or len(lora) != 3:
-            raise TypeError(f"{lora_name} must be (lora_A, lora_B, scaling), got {type(lora).__name__}.")
+            raise TypeError(f"{lora_name}: found {type(lora).__name__}, expected (lora_A, lora_B, scaling).")
         check_tensor(f"{lora_name}'s lora_A", lora[0], ("r", hidden.shape[-1]))
         check_tensor(f"{lora_name}'s lora_B", lora[1], (len(weight), len(lora[0])))
 
 
-def _operands(hidden, lora):
-    """hidden as rows [N, H], and the low-rank rows [N, r] and weight [V, r] of the adapter, in the accumulation dtype.
+def _low_rank(rows, lora):
+    """Low-rank rows [N, r] and weight [V, r] of the adapter, in the accumulation dtype.
 
     They are small, and rounded to 16 bits the rows alone would cost the logits more than anything else here does.
     """
-    rows = hidden.reshape(-1, hidden.shape[-1])
     if lora is None:
-        return rows, None, None
+        return None, None
     lora_A, lora_B, scaling = lora
     dtype = accumulation_dtype(rows.dtype)
-    return rows, rows.to(dtype) @ lora_A.t().to(dtype) * scaling, lora_B.to(dtype)
+    return rows.to(dtype) @ lora_A.t().to(dtype) * scaling, lora_B.to(dtype)
 
 
-def _call(hidden, ref_hidden, weight, targets, bias, lora, logit_softcap, temperature, with_statistics, dense):
-    """The op on hidden states and targets of any shape; its outputs, flat."""
-    rows, low_rank, low_rank_weight = _operands(hidden, lora)
+def _through_head(
+    hidden,
+    weight,
+    targets,
+    *,
+    ref_hidden=None,
+    bias=None,
+    lora=None,
+    logit_softcap=None,
+    temperature=1.0,
+    with_statistics=False,
+    dense=False,
+):
+    """`Outputs` of the op, flat, for hidden states and targets of any shape, unchecked."""
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    low_rank, low_rank_weight = _low_rank(rows, lora)
     with_rows = torch.is_grad_enabled() and (rows.requires_grad or (low_rank is not None and low_rank.requires_grad))
-    return linear_token_logps_op(
-        rows,
-        None if ref_hidden is None else ref_hidden.detach().reshape(rows.shape),
-        weight,
-        None if targets is None else targets.reshape(-1).to(torch.int64).contiguous(),
-        bias,
-        low_rank,
-        low_rank_weight,
-        None if logit_softcap is None else float(logit_softcap),
-        float(temperature),
-        with_rows,
-        with_statistics,
-        dense,
+    arguments = Arguments(
+        hidden=rows,
+        ref_hidden=None if ref_hidden is None else ref_hidden.detach().reshape(rows.shape),
+        weight=weight,
+        targets=None if targets is None else targets.reshape(-1).to(torch.int64).contiguous(),
+        bias=bias,
+        low_rank=low_rank,
+        low_rank_weight=low_rank_weight,
+        softcap=None if logit_softcap is None else float(logit_softcap),
+        temperature=float(temperature),
+        with_rows=with_rows,
+        with_statistics=with_statistics,
+        dense=dense,
     )
+    return Outputs(*linear_token_logps_op(*arguments))
 
 
-def flat_linear_token_logps(hidden, weight, targets, *, bias=None, logit_softcap=None, with_statistics=False):
+def _statistics(outputs, shape):
+    return TokenStatistics(*outputs.statistics.detach().reshape(4, *shape))
+
+
+def flat_linear_token_logps(hidden, weight, targets, *, with_statistics=False, **options):
     """`linear_token_logps` of [N, H] without its checks, for targets [N] none of which is ignored.
 
     Such rows need not be looked for, so on a GPU nothing waits. Returns (logps, TokenStatistics or None).
     """
-    logps, _, _, _, statistics = _call(
-        hidden, None, weight, targets, bias, None, logit_softcap, 1.0, with_statistics, True
-    )
-    return logps, TokenStatistics(*statistics.detach()) if with_statistics else None
+    outputs = _through_head(hidden, weight, targets, with_statistics=with_statistics, dense=True, **options)
+    return outputs.logps, _statistics(outputs, targets.shape) if with_statistics else None
 
 
-def linear_sequence_logps(
-    hidden,
-    ref_hidden,
-    weight,
-    targets,
-    *,
-    bias=None,
-    logit_softcap=None,
-    temperature=1.0,
-    lora=None,
-    with_statistics=False,
-):
+def linear_sequence_logps(hidden, ref_hidden, weight, targets, *, with_statistics=False, **options):
     """`sequence_logps` from hidden states: `SequenceLogps` of hidden and ref_hidden (or None) [S, T, H], unchecked.
 
     The reference goes through the head without its adapter, and is a constant.
     """
-    token_logps, ref_logps, _, _, statistics = _call(
-        hidden, ref_hidden, weight, targets, bias, lora, logit_softcap, temperature, with_statistics, False
-    )
-    token_logps = token_logps.view(targets.shape)
-    ref_token_logps = None if ref_hidden is None else ref_logps.detach().view(targets.shape)
+    outputs = _through_head(hidden, weight, targets, ref_hidden=ref_hidden, with_statistics=with_statistics, **options)
+    token_logps = outputs.logps.view(targets.shape)
+    ref_token_logps = None if ref_hidden is None else outputs.ref_logps.detach().view(targets.shape)
     return SequenceLogps(
-        token_logps,
-        token_logps.sum(1),
-        ref_token_logps,
-        None if ref_hidden is None else ref_token_logps.sum(1),
-        (targets != IGNORE_INDEX).sum(1),
-        TokenStatistics(*statistics.detach().view(4, *targets.shape)) if with_statistics else None,
+        token_logps=token_logps,
+        logps=token_logps.sum(1),
+        ref_token_logps=ref_token_logps,
+        ref_logps=None if ref_hidden is None else ref_token_logps.sum(1),
+        num_tokens=(targets != IGNORE_INDEX).sum(1),
+        statistics=_statistics(outputs, targets.shape) if with_statistics else None,
     )
 
 
-def linear_logsumexp(hidden, weight, *, bias=None, logit_softcap=None, temperature=1.0):
+def linear_logsumexp(hidden, weight, **options):
     """log sum exp over the vocabulary of the final logits of hidden [N, H], float32 [N]; differentiable, unchecked.
 
     What a shard of the vocabulary has to say of each token: see `vocab_parallel.py`.
     """
-    return -_call(hidden, None, weight, None, bias, None, logit_softcap, temperature, False, True)[0]
+    return -_through_head(hidden, weight, None, dense=True, **options).logps
 
 
 def linear_token_logps(
-    hidden,
-    weight,
-    targets,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
     *,
-    bias=None,
-    logit_softcap=None,
-    temperature=1.0,
-    lora=None,
-    with_statistics=False,
-):
+    bias: Tensor | None = None,
+    logit_softcap: float | None = None,
+    temperature: float = 1.0,
+    lora: tuple[Tensor, Tensor, float] | None = None,
+    with_statistics: bool = False,
+) -> Tensor | tuple[Tensor, TokenStatistics]:
     """Log-probability of each target token, log softmax(hidden @ weight.T + bias)[target], from hidden states.
 
     Never holds more logits than one chunk of tokens (128 MiB of float32 on the CPU, 1/128 of a GPU's memory). Tokens
@@ -160,21 +153,24 @@ def linear_token_logps(
         ValueError: shapes or devices that do not fit, a cap or a temperature that is not positive, a target outside
             the vocabulary. On a CUDA device such a target gives NaN.
 
-    >>> import torch
-    >>> linear_token_logps(torch.ones(2, 3), torch.zeros(5, 3), torch.tensor([4, -100]))
-    tensor([-1.6094,  0.0000])
+    Example:
+        >>> linear_token_logps(torch.ones(2, 3), torch.zeros(5, 3), torch.tensor([4, -100]))
+        tensor([-1.6094,  0.0000])
     """
-    if not isinstance(hidden, Tensor) or hidden.ndim < 1:
-        raise ValueError("hidden must be a tensor of shape [..., H] with at least one dimension.")
-    check_tensor("hidden", hidden, (*hidden.shape[:-1], "H"))
+    check_tensor("hidden", hidden, ("...", "H"))
     check_indices("targets", targets, hidden.shape[:-1])
     check_same("targets", targets, "hidden", hidden)
-    check_head("hidden", hidden, "weight", weight, "bias", bias, "lora", lora)
+    check_head("hidden", hidden, weight=("weight", weight), bias=("bias", bias), lora=("lora", lora))
     check_transform(logit_softcap, temperature)
-    logps, _, _, _, statistics = _call(
-        hidden, None, weight, targets, bias, lora, logit_softcap, temperature, with_statistics, False
+    outputs = _through_head(
+        hidden,
+        weight,
+        targets,
+        bias=bias,
+        lora=lora,
+        logit_softcap=logit_softcap,
+        temperature=temperature,
+        with_statistics=with_statistics,
     )
-    logps = logps.reshape(targets.shape)
-    if not with_statistics:
-        return logps
-    return logps, TokenStatistics(*statistics.detach().reshape(4, *targets.shape))
+    logps = outputs.logps.reshape(targets.shape)
+    return (logps, _statistics(outputs, targets.shape)) if with_statistics else logps

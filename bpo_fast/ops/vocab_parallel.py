@@ -96,7 +96,9 @@ def vocab_parallel_token_logps(
     check_tensor("hidden", hidden, ("...", "H"))
     check_indices("targets", targets, hidden.shape[:-1])
     check_same("targets", targets, "hidden", hidden)
-    check_head("hidden", hidden, "weight_shard", weight_shard, "bias_shard", bias_shard, None, None)
+    check_head(
+        "hidden", hidden, weight=("weight_shard", weight_shard), bias=("bias_shard", bias_shard), lora=("lora", None)
+    )
     check_transform(logit_softcap, temperature)
     flat = targets.reshape(-1).to(torch.int64)
     kept = (flat != IGNORE_INDEX).nonzero().squeeze(1)

@@ -287,32 +287,57 @@ INDICES = torch.zeros(2, dtype=torch.int64)
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "words"),
     [
-        ((None, torch.zeros(5, 3), INDICES), {}, ValueError, "hidden must be a tensor"),
-        ((torch.zeros(2, 3), torch.zeros(5, 4), INDICES), {}, ValueError, "weight must have shape [V, 3], got [5, 4]"),
+        ((None, torch.zeros(5, 3), INDICES), {}, TypeError, "hidden: found NoneType, expected a tensor [..., H]"),
+        (
+            (torch.zeros(2, 3), torch.zeros(5, 4), INDICES),
+            {},
+            ValueError,
+            "weight: found float32 [5, 4], expected [V, 3].",
+        ),
         (
             (torch.zeros(2, 3), torch.zeros(5, 3).half(), INDICES),
             {},
             TypeError,
-            "weight is float16 but hidden is float32",
+            "weight: found float16, expected float32 like hidden; cast one of them.",
         ),
-        ((torch.zeros(2, 3), torch.zeros(0, 3), INDICES), {}, ValueError, "V = 0"),
-        ((torch.zeros(2, 3), torch.zeros(5, 3), INDICES[:1]), {}, ValueError, "targets must have shape [2], got [1]"),
-        ((torch.zeros(2, 3), torch.zeros(5, 3), INDICES + 5), {}, ValueError, "labels must be in [0, 5) or -100"),
+        ((torch.zeros(2, 3), torch.zeros(0, 3), INDICES), {}, ValueError, "weight: found V = 0, expected"),
+        (
+            (torch.zeros(2, 3), torch.zeros(5, 3), INDICES[:1]),
+            {},
+            ValueError,
+            "targets: found int64 [1], expected [2].",
+        ),
+        ((torch.zeros(2, 3), torch.zeros(5, 3), INDICES + 5), {}, ValueError, "found 5, expected 0 to 4, or -100"),
         (
             (torch.zeros(2, 3), torch.zeros(5, 3), INDICES),
             {"bias": torch.zeros(4)},
             ValueError,
-            "bias must have shape [5], got [4]",
+            "bias: found float32 [4], expected [5].",
         ),
-        ((torch.zeros(2, 3), torch.zeros(5, 3), INDICES), {"logit_softcap": 0.0}, ValueError, "logit_softcap must be"),
-        ((torch.zeros(2, 3), torch.zeros(5, 3), INDICES), {"temperature": 0.0}, ValueError, "temperature must be"),
+        (
+            (torch.zeros(2, 3), torch.zeros(5, 3), INDICES),
+            {"logit_softcap": 0.0},
+            ValueError,
+            "logit_softcap: found 0.0, expected",
+        ),
+        (
+            (torch.zeros(2, 3), torch.zeros(5, 3), INDICES),
+            {"temperature": 0.0},
+            ValueError,
+            "temperature: found 0.0, expected",
+        ),
         (
             (torch.zeros(2, 3), torch.zeros(5, 3), INDICES),
             {"lora": (torch.zeros(2, 3), torch.zeros(4, 2), 1.0)},
             ValueError,
-            "lora's lora_B must have shape [5, 2], got [4, 2]",
+            "lora's lora_B: found float32 [4, 2], expected [5, 2].",
         ),
-        ((torch.zeros(2, 3), torch.zeros(5, 3), INDICES), {"lora": 1.0}, TypeError, "lora must be (lora_A, lora_B"),
+        (
+            (torch.zeros(2, 3), torch.zeros(5, 3), INDICES),
+            {"lora": 1.0},
+            TypeError,
+            "lora: found float, expected (lora_A, lora_B",
+        ),
     ],
 )
 def test_errors_name_the_argument(arguments, options, error, words):
