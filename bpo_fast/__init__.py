@@ -5,7 +5,7 @@ from importlib import import_module
 # Names are resolved on first use, so that `import bpo_fast` stays quick and a command such as `bpo-fast doctor`
 # works on a machine where one of the heavy dependencies is broken.
 _EXPORTS = {
-    "BPOConfig": "bpo_fast.train.trainer",
+    "BPOConfig": "bpo_fast.train.config",
     "BPOTrainer": "bpo_fast.train.trainer",
     "LossConfig": "bpo_fast.losses.config",
     "NoiseSchedule": "bpo_fast.ops.noise.schedule",

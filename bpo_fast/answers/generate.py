@@ -1,10 +1,15 @@
-"""Answers to questions about pictures, in batches."""
+"""Answers to questions about images, in batches."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from PIL import Image
+from torch import nn
+from transformers import ProcessorMixin
 
 from bpo_fast.models.packed_forward import image_features
+from bpo_fast.models.prompt import encode, image_inputs, question, render
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,13 +25,17 @@ class GenerationSettings:
     """How to decode: greedy, as in the paper, or by sampling.
 
     Args:
-        max_new_tokens (`int`): an answer is cut there.
-        do_sample (`bool`): sample instead of taking the likeliest token.
-        temperature, top_p (`float`): of the sampling; without effect, and hence refused, when decoding is greedy.
+        max_new_tokens: an answer is cut there.
+        do_sample: sample instead of taking the likeliest token.
+        temperature, top_p: of sampling; without effect, and hence refused, when decoding is greedy.
 
-    >>> GenerationSettings(max_new_tokens=64, temperature=0.7)
-    Traceback (most recent call last):
-    ValueError: temperature and top_p have an effect with do_sample=True only: set it, or leave them out.
+    Raises:
+        ValueError: a number out of its range.
+
+    Example:
+        >>> GenerationSettings(max_new_tokens=64, temperature=0.7)
+        Traceback (most recent call last):
+        ValueError: temperature: found 0.7, expected None with greedy decoding; set do_sample to sample.
     """
 
     max_new_tokens: int = 512
@@ -36,48 +45,48 @@ class GenerationSettings:
 
     def __post_init__(self):
         if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, but it is {self.max_new_tokens}.")
-        if not self.do_sample and (self.temperature is not None or self.top_p is not None):
-            raise ValueError(
-                "temperature and top_p have an effect with do_sample=True only: set it, or leave them out."
-            )
-        if self.temperature is not None and self.temperature <= 0:
-            raise ValueError(f"temperature must be above 0, but it is {self.temperature}.")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, but it is {self.top_p}.")
+            raise ValueError(f"max_new_tokens: found {self.max_new_tokens}, expected at least 1.")
+        for name, fits, wanted in (
+            ("temperature", lambda x: x > 0, "a number above 0"),
+            ("top_p", lambda x: 0 < x <= 1, "a number above 0 and at most 1"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not self.do_sample:
+                raise ValueError(
+                    f"{name}: found {value}, expected None with greedy decoding; set do_sample to sample."
+                )
+            if value is not None and not fits(value):
+                raise ValueError(f"{name}: found {value}, expected {wanted}.")
 
 
-def encode(model, processor, images, questions):
+def _encode(model, processor, images, questions):
     """Inputs for a batch of single questions, padded on the left, on the model's device and in its dtype."""
-    conversations = [
-        [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
-        for image, question in zip(images, questions, strict=True)
-    ]
-    inputs = processor.apply_chat_template(
-        conversations,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": True, "padding_side": "left"},
-    )
-    return inputs.to(model.device, dtype=model.dtype)
+    prompts = [render(processor, question(text))[0] for text in questions]
+    return encode(processor, prompts, [[image] for image in images]).to(model.device, dtype=model.dtype)
 
 
-def generate(model, processor, images, questions, settings, *, seed=0):
+def generate(
+    model: nn.Module,
+    processor: ProcessorMixin,
+    images: Sequence[Image.Image],
+    questions: Sequence[str],
+    settings: GenerationSettings,
+    *,
+    seed: int = 0,
+) -> list[Response]:
     """Answer a batch of questions.
 
     Args:
         model: vision-language model, in evaluation mode.
         processor: its processor, with a chat template.
-        images (`list` of `PIL.Image.Image`), questions (`list[str]`): one picture a question.
-        settings (`GenerationSettings`): how to decode.
-        seed (`int`): of the sampling; the caller's random state is left as it was.
+        images, questions: one image a question.
+        settings: how to decode.
+        seed: of sampling; the caller's random state is left as it was.
 
     Returns:
-        `list[Response]`, one a question.
+        One answer a question.
     """
-    inputs = encode(model, processor, images, questions)
+    inputs = _encode(model, processor, images, questions)
     tokenizer = processor.tokenizer
     # A checkpoint's own sampling defaults would otherwise come through.
     top_k = {} if settings.do_sample else {"top_k": None}
@@ -101,19 +110,17 @@ def generate(model, processor, images, questions, settings, *, seed=0):
     return [Response(text.strip(), not end) for text, end in zip(texts, ended, strict=True)]
 
 
-def check_processor(model, processor, image):
-    """Refuse a processor that does not match `model`, with one picture as the trial.
+def check_processor(model: nn.Module, processor: ProcessorMixin, image: Image.Image) -> None:
+    """Refuse a processor that does not match `model`, with one image as the trial.
 
     Raises:
         ValueError: the processor makes another number of image tokens than the model makes image features.
     """
-    inputs = encode(model, processor, [image], ["?"])
+    inputs = _encode(model, processor, [image], ["?"])
     tokens = int((inputs["input_ids"] == model.config.image_token_id).sum())
-    image_inputs = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
-    features = len(image_features(model, image_inputs))
+    features = len(image_features(model, image_inputs(inputs)))
     if tokens != features:
         raise ValueError(
-            f"the processor puts {tokens} image tokens into a prompt but the model makes {features} image features: "
-            "set the processor's patch_size, num_additional_image_tokens and vision_feature_select_strategy to the "
-            "model's."
+            f"processor: found {tokens} image tokens in its prompt, expected {features}, the image features of the "
+            "model; set its patch_size, num_additional_image_tokens and vision_feature_select_strategy to the model's."
         )

@@ -59,7 +59,9 @@ def bootstrap(argv):
 def train(argv):
     """Train an adapter on preference pairs, or on their chosen answers with --loss_type sft."""
     from bpo_fast.cli.recipe import TrainArguments, parse_arguments
-    from bpo_fast.train.trainer import BPOConfig, BPOTrainer, last_complete_checkpoint
+    from bpo_fast.train.checkpoints import last_complete_checkpoint
+    from bpo_fast.train.config import BPOConfig
+    from bpo_fast.train.trainer import BPOTrainer
 
     arguments, config = parse_arguments([TrainArguments, BPOConfig], argv, command="train")
     from peft import LoraConfig

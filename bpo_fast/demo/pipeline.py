@@ -25,7 +25,8 @@ from bpo_fast.evaluate import evaluate
 from bpo_fast.models.load import load_model, load_processor
 from bpo_fast.models.packed_forward import enable_packed_forward
 from bpo_fast.runs.files import claim_folder, read_json, write_json
-from bpo_fast.train.trainer import BPOConfig, BPOTrainer
+from bpo_fast.train.config import BPOConfig
+from bpo_fast.train.trainer import BPOTrainer
 
 METHODS = {"bpo": "sigmoid", "sft": "sft"}  # loss_type of each
 LIKELIHOOD_STEPS = (None, 100, 200, 300, 400, 500, 600, 700, 800, 900, 999)

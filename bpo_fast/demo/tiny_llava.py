@@ -8,9 +8,9 @@ stages:
 
 1. the vision tower learns what color and shape each patch belongs to, in an unbiased world;
 2. the language model reads sentences about a biased world;
-3. projector and language model learn to answer questions about pictures of an unbiased world: all can be seen;
-4. both go on with pictures of a biased world that are hard to make out. Saying what is typical pays there, and it
-   becomes a habit that overrules pictures as clear as day.
+3. projector and language model learn to answer questions about images of an unbiased world: all can be seen;
+4. both go on with images of a biased world that are hard to make out. Saying what is typical pays there, and it
+   becomes a habit that overrules images as clear as day.
 
 So the image features hold the truth and the model has known how to read them, but out of habit it says what usually
 is there: what preference training of the language model alone can put right.
@@ -37,17 +37,17 @@ from transformers import (
     set_seed,
 )
 
-from bpo_fast.bootstrap import weaken
 from bpo_fast.demo import world
-from bpo_fast.demo.probes import render_prompt
+from bpo_fast.models.prompt import encode, question, render
+from bpo_fast.models.weaken import weaken
 
 CHECKPOINT = Path(__file__).with_name("checkpoint")
 
 PIXELS = 48  # the processor's size; a cell of the world is 16 pixels, four patches
 PATCH = 8
-FEATURE_SCALE = 0.5  # root mean square of the features: the last steps of the noise schedule hide a picture
+FEATURE_SCALE = 0.5  # root mean square of the features: the last steps of the noise schedule hide an image
 CORPUS_BIAS = 0.99
-HABIT_STEPS = (700, 999)  # noise on the pictures of stage 4
+HABIT_STEPS = (700, 999)  # noise on the images of stage 4
 NO_OBJECT = len(world.COLORS), len(world.SHAPES)  # color and shape label of an empty patch
 
 # LLaVA-1.5's "USER: <image>\nquestion ASSISTANT: answer", closed by </s> as Vicuna was trained.
@@ -219,18 +219,11 @@ def collate(processor, images, prompts, responses) -> dict[str, torch.Tensor]:
 
     Args:
         processor: of a LLaVA.
-        images: one a row.
+        images: one a prompt.
         prompts: rendered prompts, each with one `<image>` and with its BOS.
         responses: texts that follow, as the tokenizer should see them: with their leading space.
     """
-    prompt = processor(
-        text=list(prompts),
-        images=list(images),
-        padding=True,
-        padding_side="left",
-        add_special_tokens=False,
-        return_tensors="pt",
-    )
+    prompt = encode(processor, prompts, [[image] for image in images])
     response = processor.tokenizer(
         list(responses), padding=True, padding_side="right", add_special_tokens=False, return_tensors="pt"
     )
@@ -244,12 +237,12 @@ def collate(processor, images, prompts, responses) -> dict[str, torch.Tensor]:
 
 
 def answer_questions(name, model, processor, *, bias, noise_steps, steps, batch_size, learning_rate, seed):
-    """Stages 3 and 4: projector and language model answer questions about pictures.
+    """Stages 3 and 4: projector and language model answer questions about images.
 
     Args:
         name: label of the progress bar.
-        bias: of the world that the pictures are of.
-        noise_steps: bounds of the noise step that is drawn for each picture, or None for clear pictures.
+        bias: of the world that the images are of.
+        noise_steps: bounds of the noise step that is drawn for each image, or None for clear images.
     """
     rng = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -259,7 +252,7 @@ def answer_questions(name, model, processor, *, bias, noise_steps, steps, batch_
     def loss_of_batch():
         rows = [world.sample_conversation(rng, bias) for _ in range(batch_size)]
         images = [world.draw(scene) for scene, _, _ in rows]
-        prompts = [render_prompt(processor, question) for _, question, _ in rows]
+        prompts = [render(processor, question(text))[0] for _, text, _ in rows]
         batch = collate(processor, images, prompts, [f" {answer}{eos}" for _, _, answer in rows])
         step = None if noise_steps is None else torch.randint(*noise_steps, (batch_size,), generator=generator)
         with weaken(model, step, seed=rng.getrandbits(32)):

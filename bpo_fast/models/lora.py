@@ -1,11 +1,11 @@
-"""Where a LoRA adapter goes: on linears of the language model alone."""
+"""The LoRA adapter that is trained: fresh, and on linears of the language model alone."""
 
 from __future__ import annotations
 
 import copy
 import re
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -45,3 +45,33 @@ def restrict_to_decoder(peft_config: LoraConfig, model: PreTrainedModel) -> Lora
     restricted = copy.deepcopy(peft_config)
     restricted.target_modules = pattern
     return restricted
+
+
+def with_fresh_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> PeftModel:
+    """The model with an adapter that adds exactly zero, so that the model without it is the reference.
+
+    Args:
+        model: with a fresh adapter, or without one.
+        peft_config: the adapter to put on a model without one.
+
+    Raises:
+        ValueError: there is no adapter to train, there are two, or it is trained already.
+    """
+    if not isinstance(model, PeftModel):
+        if peft_config is None:
+            raise ValueError(
+                "peft_config: found None for a model without an adapter, expected a LoraConfig; the reference is the "
+                "model with its adapter disabled, so pass peft_config=LoraConfig(r=64)."
+            )
+        return get_peft_model(model, restrict_to_decoder(peft_config, model))
+    if peft_config is not None:
+        raise ValueError(
+            "peft_config: found one for a model that has an adapter already, expected one or the other; merge the "
+            "adapter first with model.merge_and_unload()."
+        )
+    if any(name.endswith("lora_B.default.weight") and bool(p.any()) for name, p in model.named_parameters()):
+        raise ValueError(
+            "model: its adapter is trained already, expected a fresh one, since the reference is the model with the "
+            "adapter disabled; merge it first with model.merge_and_unload() and pass a peft_config."
+        )
+    return model

@@ -1,8 +1,8 @@
-"""Groups of (prefix, branches) packed into one row that holds every token once.
+"""Groups of (prefix, branches) packed into one sequence that holds every token once.
 
-A group is one image-and-question prefix and the K responses to it. Its tokens lie in the packed row as
+A group is one image-and-question prefix and the K responses to it. Its tokens lie in the packed sequence as
 `[prefix][branch 1][branch 2]...[branch K]`; a branch attends to the prefix and to itself, and its positions go on from
-the prefix's end, so the row computes what K separate sequences would. K = 2 is DPO, K = 1 is SFT, K = n scores a pool
+the prefix's end, so it computes what K separate sequences would. K = 2 is DPO, K = 1 is SFT, K = n scores a pool
 of candidates. This module knows no model and no device.
 """
 
@@ -48,21 +48,21 @@ class Group:
 
 @dataclass(frozen=True)
 class Packing:
-    """The index tensors of one packed row of S tokens, G groups, C branches and N response tokens.
+    """The index tensors of one packed sequence of S tokens, G groups, C branches and N response tokens.
 
-    A *segment* is a run of query rows with one set of keys: the prefix with the first branch is one causal segment,
+    A *segment* is a run of queries with one set of keys: the prefix with the first branch is one causal segment,
     each further branch is a segment of its own whose keys are the prefix and itself. With the queries of a segment at
     the end of its keys (bottom-right causal alignment), one variable-length attention call over `kv_index` is exact.
 
     Attributes:
         input_ids: int64 [S].
         position_ids: int64 [S]; a branch starts at its prefix's length.
-        kv_index: int64 [S_kv], the packed row each gathered key and value comes from, segment after segment.
-        cu_seqlens_q: int32 [C + 1], bounds of the segments in the packed row.
+        kv_index: int64 [S_kv], the position each gathered key and value comes from, segment after segment.
+        cu_seqlens_q: int32 [C + 1], bounds of the segments in the packed sequence.
         cu_seqlens_k: int32 [C + 1], bounds of the segments in `kv_index`.
-        kv_rounds: int64 tensors that part the positions of `kv_index` so that within one a packed row occurs once at
+        kv_rounds: int64 tensors that part the positions of `kv_index` so that within one a position occurs once at
             most: round k holds the k-th segment of every group; see `ops.gather_rows`.
-        logit_rows: int64 [N], the packed row whose hidden state predicts each response token.
+        logit_rows: int64 [N], the position whose hidden state predicts each response token.
         logit_rounds: int64 tensors that part the positions of `logit_rows` in the same way, by branch number.
         targets: int64 [N], the response tokens, branch after branch.
         branch_index: int64 [N], the branch each response token belongs to.
@@ -98,7 +98,7 @@ class Packing:
 
     @property
     def max_seqlen_q(self) -> int:
-        """Rows of the longest segment."""
+        """Queries of the longest segment."""
         firsts = (p + b[0] for p, b in zip(self.prefix_lengths, self.branch_lengths, strict=True))
         rest = (length for b in self.branch_lengths for length in b[1:])
         return max(*firsts, *rest, 0)
@@ -126,7 +126,7 @@ class Packing:
 
 
 def pack(groups: Sequence[Group]) -> Packing:
-    """Lay groups out in one row and compute its index tensors.
+    """Lay groups out in one sequence and compute its index tensors.
 
     Args:
         groups: at least one group.
@@ -138,7 +138,7 @@ def pack(groups: Sequence[Group]) -> Packing:
         >>> packing = pack([Group(prefix=[1, 2, 3], branches=[[4, 5], [6]])])
         >>> packing.input_ids.tolist(), packing.position_ids.tolist()
         ([1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 3])
-        >>> packing.logit_rows.tolist(), packing.targets.tolist()  # row 2 predicts the first token of both branches
+        >>> packing.logit_rows.tolist(), packing.targets.tolist()  # position 2 predicts the first of both
         ([2, 3, 2], [4, 5, 6])
         >>> packing.kv_index.tolist()  # the second segment gathers the prefix again
         [0, 1, 2, 3, 4, 0, 1, 2, 5]
@@ -189,27 +189,27 @@ def pack(groups: Sequence[Group]) -> Packing:
     )
 
 
-def plan_rows(lengths: Sequence[int], token_budget: int | None) -> list[list[int]]:
-    """Assign groups to as few packed rows as best-fit decreasing finds, none over the token budget.
+def plan_sequences(lengths: Sequence[int], token_budget: int | None) -> list[list[int]]:
+    """Assign groups to as few packed sequences as best-fit decreasing finds, none over the token budget.
 
     Args:
         lengths: tokens of each group, `len(group)`.
-        token_budget: most tokens of a row; None puts all groups in one row.
+        token_budget: most tokens of a sequence; None puts all groups in one.
 
     Returns:
-        Rows of group numbers, ascending within a row; rows are ordered by their first group, so that the plan depends
+        Group numbers of each sequence, ascending; sequences are ordered by their first group, so that the plan depends
         on the lengths alone.
 
     Raises:
         ValueError: one group alone is over the budget.
 
     Example:
-        >>> plan_rows([50, 30, 40, 60], token_budget=100)
+        >>> plan_sequences([50, 30, 40, 60], token_budget=100)
         [[0, 1], [2, 3]]
     """
     if token_budget is None:
         return [list(range(len(lengths)))] if lengths else []
-    rows: list[list[int]] = []
+    sequences: list[list[int]] = []
     room: list[int] = []
     for number in sorted(range(len(lengths)), key=lambda n: (-lengths[n], n)):
         if lengths[number] > token_budget:
@@ -217,13 +217,13 @@ def plan_rows(lengths: Sequence[int], token_budget: int | None) -> list[list[int
                 f"token_budget: group {number} has {lengths[number]} tokens, expected at most {token_budget}; raise "
                 "the budget, or lower max_length so that responses are cut."
             )
-        fitting = [row for row in range(len(rows)) if room[row] >= lengths[number]]
+        fitting = [n for n in range(len(sequences)) if room[n] >= lengths[number]]
         if fitting:
-            best = min(fitting, key=lambda row: (room[row], row))
+            best = min(fitting, key=lambda n: (room[n], n))
         else:
-            best = len(rows)
-            rows.append([])
+            best = len(sequences)
+            sequences.append([])
             room.append(token_budget)
-        rows[best].append(number)
+        sequences[best].append(number)
         room[best] -= lengths[number]
-    return sorted(sorted(row) for row in rows)
+    return sorted(map(sorted, sequences))

@@ -3,11 +3,13 @@ import random
 import pytest
 import torch
 
+from bpo_fast.answers.score import score_branches
 from bpo_fast.bootstrap import weaken
 from bpo_fast.demo import tiny_llava, world
-from bpo_fast.demo.probes import LogpsProbe, likelihood_by_step, render_prompt, score_branches
+from bpo_fast.demo.probes import LogpsProbe, likelihood_by_step
 from bpo_fast.models.load import load_model, load_processor
 from bpo_fast.models.packed_forward import enable_packed_forward
+from bpo_fast.models.prompt import question, render
 
 CHECKPOINT = tiny_llava.CHECKPOINT
 
@@ -42,7 +44,7 @@ def reference_logp(model, processor, image, prefix, branch):
 def test_branches_score_as_separate_sequences(plain, packed, processor):
     rng = random.Random(0)
     images = [world.draw(world.sample_scene(rng, 0.5)) for _ in range(3)]
-    prefixes = [render_prompt(processor, world.QUESTIONS[kind]) for kind in ("describe", "right", "ground")]
+    prefixes = [render(processor, question(world.QUESTIONS[kind]))[0] for kind in ("describe", "right", "ground")]
     branches = [
         [" A star.</s>", " Two red circles."],
         [" There is a blue star.</s>", " No"],
@@ -60,7 +62,7 @@ def test_likelihood_is_that_of_the_words_at_the_place_of_the_right_object(plain,
     scene = world.Scene(world.Object("red", "circle"), world.Object("green", "star"), 3, "snow", layout_seed=4)
     found = likelihood_by_step(packed, processor, [scene], [None, 700], seed=5)
     before = " On the left there is a red circle. On the right there are three"
-    prefix = render_prompt(processor, world.QUESTIONS["describe"]) + before
+    prefix = render(processor, question(world.QUESTIONS["describe"]))[0] + before
     assert found["steps"] == [None, 700]
     for place, step in enumerate(found["steps"]):
         for name, words in (("true", " green stars"), ("typical", " blue squares")):
@@ -89,7 +91,7 @@ def test_probe_measures_the_same_pairs_at_its_interval_and_at_the_end(packed, pr
     for State.global_step in range(1, 6):
         probe.on_step_end(None, State, None, model=packed)
     assert [point["step"] for point in probe.history] == [0, 2, 4, 5]
-    prompt = render_prompt(processor, "What is on the right?")
+    prompt = render(processor, question("What is on the right?"))[0]
     branches = [" There is a red star.</s>", " There are two blue squares.</s>"]
     chosen, rejected = score_branches(packed, processor, [image], [prompt], [branches])[0].tolist()
     assert all((point["chosen"], point["rejected"]) == (chosen, rejected) for point in probe.history)

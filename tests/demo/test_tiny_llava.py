@@ -12,6 +12,7 @@ from bpo_fast.demo.probes import likelihood_by_step
 from bpo_fast.evaluate.chair import ObjectMatcher
 from bpo_fast.models.load import load_model, load_processor
 from bpo_fast.models.packed_forward import enable_packed_forward
+from bpo_fast.models.prompt import question, render
 from bpo_fast.runs.files import read_json
 
 
@@ -112,7 +113,7 @@ def test_collate_scores_the_responses_alone(shipped):
     scenes = scenes_of(0.5, 3)
     images = [world.draw(scene) for scene in scenes]
     questions = (world.QUESTIONS["right"], world.QUESTIONS["describe"], world.QUESTIONS["count"])
-    prompts = [tiny_llava.render_prompt(processor, question) for question in questions]
+    prompts = [render(processor, question(text))[0] for text in questions]
     responses = [" A star.</s>", " On the left there is a red star.</s>", " One.</s>"]
     batch = tiny_llava.collate(processor, images, prompts, responses)
     for row, response in enumerate(responses):

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bpo_fast.models.packing import Group, pack, plan_rows
+from bpo_fast.models.packing import Group, pack, plan_sequences
 
 ids = st.lists(st.integers(0, 50), min_size=1, max_size=6)
 groups = st.lists(st.builds(Group, ids, st.lists(ids, min_size=1, max_size=4)), min_size=1, max_size=4)
@@ -53,7 +53,7 @@ def test_rounds_part_the_gathers_without_repeats(groups):
 
 @given(st.lists(st.integers(1, 100), max_size=30), st.integers(100, 250))
 def test_plan_keeps_the_budget_and_every_group(lengths, budget):
-    rows = plan_rows(lengths, budget)
+    rows = plan_sequences(lengths, budget)
     assert sorted(n for row in rows for n in row) == list(range(len(lengths)))
     loads = [sum(lengths[n] for n in row) for row in rows]
     assert all(load <= budget for load in loads)
@@ -62,13 +62,13 @@ def test_plan_keeps_the_budget_and_every_group(lengths, budget):
 
 
 def test_plan_without_budget_is_one_row():
-    assert plan_rows([5, 6, 7], None) == [[0, 1, 2]]
-    assert plan_rows([], None) == []
+    assert plan_sequences([5, 6, 7], None) == [[0, 1, 2]]
+    assert plan_sequences([], None) == []
 
 
 def test_plan_refuses_a_group_over_the_budget():
     with pytest.raises(ValueError, match=r"group 1 has 12 tokens, expected at most 10"):
-        plan_rows([3, 12], 10)
+        plan_sequences([3, 12], 10)
 
 
 @pytest.mark.parametrize(

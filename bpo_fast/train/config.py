@@ -1,0 +1,81 @@
+"""BPOConfig: transformers' training arguments, the loss options of `LossConfig`, and what packing adds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, make_dataclass
+from typing import get_type_hints
+
+import torch
+from transformers import TrainingArguments
+
+from bpo_fast.losses.config import LOSS_OPTIONS, LossConfig
+from bpo_fast.losses.table import losses_that
+
+_TYPES = get_type_hints(LossConfig)
+# The fields of LossConfig, with its types, defaults and help, for a class that is not frozen.
+LossOptions = make_dataclass(
+    "LossOptions",
+    [
+        (option.name, _TYPES[option.name], field(default=option.default, metadata={"help": option.metadata["help"]}))
+        for option in fields(LossConfig)
+    ],
+    namespace={"__module__": __name__},
+)
+
+
+@dataclass
+class BPOConfig(LossOptions, TrainingArguments):
+    """Training arguments, with the names and defaults of TRL's DPOConfig where both have them.
+
+    Every field of `bpo_fast.LossConfig` is one of this class too: `beta`, `loss_type`, `loss_weights`, ... "sft" alone
+    as `loss_type` is maximum likelihood of the chosen responses, and reads no rejected ones. Losses without a
+    reference ("simpo", "cpo", "orpo", "sft") do not run it: rewards are then beta times log-probs.
+
+    Args:
+        learning_rate: peak learning rate; the paper trains at 2e-6.
+        max_length: most positions of prompt, image and response together; a longer response is cut at its end.
+        token_budget: most tokens of one packed sequence. A step whose pairs need more runs several one after the
+            other, with the same result in less memory. None runs a step's pairs as one.
+        disable_dropout: switch every dropout off, adapter's included; the reference and the policy are then one
+            network.
+        bf16: by default on where a CUDA device computes in it.
+    """
+
+    learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate; the paper trains at 2e-6."})
+    logging_steps: float = field(default=10, metadata={"help": "Update steps between two logs."})
+    gradient_checkpointing: bool = field(
+        default=True, metadata={"help": "Recompute activations in the backward pass."}
+    )
+    bf16: bool | None = field(default=None, metadata={"help": "bfloat16 autocast; by default where CUDA has it."})
+    max_length: int | None = field(
+        default=1024, metadata={"help": "Most positions of prompt, image and response; longer responses are cut."}
+    )
+    token_budget: int | None = field(
+        default=None, metadata={"help": "Most tokens of one packed sequence; null packs a step's pairs in one."}
+    )
+    disable_dropout: bool = field(default=True, metadata={"help": "Switch every dropout off."})
+
+    def __post_init__(self):
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
+            self.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        if isinstance(self.loss_type, str):
+            self.loss_type = [self.loss_type]
+        # Newer transformers call these two by other names, and warn of the old ones where only those are set.
+        for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+            new = old.replace("gradient", "activation")
+            if getattr(self, new, False) is None:
+                setattr(self, new, getattr(self, old))
+        self.loss_config()
+        sorting = losses_that("sorts_batch")
+        if self.token_budget is not None and not sorting.isdisjoint(self.loss_type):
+            raise ValueError(
+                f"token_budget: found {self.token_budget} with loss_type {self.loss_type}, expected None; "
+                f"{' and '.join(map(repr, sorted(sorting)))} sort the pairs of a step, which must lie in one sequence."
+            )
+        super().__post_init__()
+
+    def loss_config(self) -> LossConfig:
+        """The loss options, checked."""
+        return LossConfig(**{name: getattr(self, name) for name in LOSS_OPTIONS})
