@@ -50,12 +50,12 @@ def check_samples_apart(out: torch.Tensor, leading: int = 1) -> None:
 def launch(x: torch.Tensor, out: torch.Tensor, **arguments: int | bool | torch.Tensor | None) -> None:
     """Run the extension on x's device; `arguments` are the fields of NoiseArguments in csrc/philox_normal.h.
 
-    Tensors are copied to x's device where they are elsewhere, without waiting for the copy. None is a null pointer.
+    Tensors that are elsewhere are copied to x's device, without waiting if that is a GPU. None is a null pointer.
     """
     on_cuda = x.device.type == "cuda"
     extension = native.cuda_extension() if on_cuda else native.extension()
     copies = {
-        name: value.to(x.device, non_blocking=True).contiguous()
+        name: value.to(x.device, non_blocking=on_cuda).contiguous()
         for name, value in arguments.items()
         if isinstance(value, torch.Tensor)
     }
