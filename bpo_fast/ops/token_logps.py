@@ -28,7 +28,7 @@ from bpo_fast.ops.rows import (
 )
 
 
-class _Outputs(NamedTuple):
+class Outputs(NamedTuple):
     """Outputs of the op, or their gradients, in the order of its schema. Those not asked for are empty."""
 
     token_logps: Tensor  # [1, S, T] of the policy, [2, S, T] with the reference's
@@ -112,7 +112,7 @@ def _sequence_logps(
     with_statistics: bool,
     inplace_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`_Outputs` of logits and ref_logits [S, T, V] and targets [S, T]. Only the backward pass reads the last flag."""
+    """`Outputs` of logits and ref_logits [S, T, V] and targets [S, T]. Only the backward pass reads the last flag."""
     check_target_range(targets, logits.shape[-1])
     outputs = _sequence_logps_fake(
         logits, ref_logits, targets, softcap, temperature, with_sums, with_statistics, inplace_backward
@@ -159,7 +159,7 @@ def _sequence_logps_fake(
     def empty(*shape):
         return logits.new_empty(shape, dtype=accumulation_dtype(logits.dtype))
 
-    return _Outputs(
+    return Outputs(
         token_logps=empty(1 if ref_logits is None else 2, num_sequences, num_tokens),
         logps=empty(num_sequences if with_sums else 0),
         ref_logps=empty(num_sequences if with_sums and ref_logits is not None else 0),
@@ -240,11 +240,11 @@ def _setup_context(ctx, inputs, output):
     logits, _, targets, ctx.softcap, ctx.temperature, *_, ctx.inplace_backward = inputs
     ctx.num_constants = len(inputs) - 1
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, targets, _Outputs(*output).row_numbers)
+    ctx.save_for_backward(logits, targets, Outputs(*output).row_numbers)
 
 
 def _backward(ctx, *grads):
-    return _logits_gradient(ctx, _Outputs(*grads)), *[None] * ctx.num_constants
+    return _logits_gradient(ctx, Outputs(*grads)), *[None] * ctx.num_constants
 
 
 def _logits_gradient(ctx, grads):
@@ -308,7 +308,7 @@ def sequence_logps(
         with_statistics,
         inplace_backward,
     )
-    found = _Outputs(*outputs)
+    found = Outputs(*outputs)
     return SequenceLogps(
         token_logps=found.token_logps[0],
         logps=found.logps if with_sums else None,
@@ -354,8 +354,6 @@ def token_logps(
         >>> token_logps(torch.tensor([[0.0, 0.0], [1.0, 2.0]]), torch.tensor([0, -100]))
         tensor([-0.6931,  0.0000])
     """
-    if not isinstance(logits, Tensor):
-        raise ValueError(f"logits: found {describe(logits)}, expected a tensor [..., V] of a floating-point dtype.")
     check_tensor("logits", logits, ("...", "V"))
     check_indices("targets", targets, logits.shape[:-1])
     check_same("targets", targets, "logits", logits)
