@@ -61,12 +61,17 @@ def check_indices(
     _check_dtype_and_shapes(name, value, fits, dtypes, shapes, otherwise)
 
 
-def check_same(name: str, value: Tensor, other_name: str, other: Tensor):
-    """Raise unless `value` is on the device of `other` and, where both hold floats, has its dtype."""
+def check_device(name: str, value: Tensor, other_name: str, other: Tensor):
+    """Raise unless `value` is on the device of `other`."""
     if value.device != other.device:
         raise ValueError(
             f"{name}: found on {value.device}, expected on {other.device} like {other_name}; move one of them."
         )
+
+
+def check_same(name: str, value: Tensor, other_name: str, other: Tensor):
+    """Raise unless `value` is on the device of `other` and, where both hold floats, has its dtype."""
+    check_device(name, value, other_name, other)
     if value.is_floating_point() and other.is_floating_point() and value.dtype != other.dtype:
         found, expected = _dtype_name(value.dtype), _dtype_name(other.dtype)
         raise TypeError(f"{name}: found {found}, expected {expected} like {other_name}; cast one of them.")

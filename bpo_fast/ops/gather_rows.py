@@ -24,15 +24,15 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_rows(x: torch.Tensor, index: torch.Tensor, rounds: Sequence[torch.Tensor]) -> torch.Tensor:
-    """x[index], whose gradient is bitwise repeatable on a GPU too.
+    """x[index], with a gradient that is bitwise repeatable on a GPU too.
 
-    `index_select` adds the gradients of a row that was gathered more than once by atomics, in any order. Here they are
+    Where a row was gathered more than once, `index_select` adds its gradients by atomics, in any order. Here they are
     added round after round, and within a round no row occurs twice.
 
     Args:
         x: [S, ...], floating point.
         index: int64 [N], rows of x.
-        rounds: int64 tensors that part 0..N-1, so that `index` has no value twice within one of them.
+        rounds: int64 tensors that partition 0..N-1, so that `index` has no value twice within one of them.
 
     Returns:
         [N, ...].

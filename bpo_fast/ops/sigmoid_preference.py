@@ -8,6 +8,7 @@ from torch import Tensor
 def _sigmoid_preference(
     logps: Tensor, ref_logps: Tensor | None, num_tokens: Tensor | None, beta: float, label_smoothing: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss [], rewards [2B], and the gradient of the loss in logps [2B]."""
     from bpo_fast.kernels.sigmoid_preference import launch_sigmoid_preference
 
     outputs = _sigmoid_preference_fake(logps, ref_logps, num_tokens, beta, label_smoothing)
@@ -21,26 +22,31 @@ def _sigmoid_preference_fake(logps, ref_logps, num_tokens, beta, label_smoothing
 
 
 def _setup_context(ctx, inputs, output):
+    _, _, coefficients = output
+    ctx.num_constants = len(inputs) - 1
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[2])
+    ctx.save_for_backward(coefficients)
 
 
 def _backward(ctx, grad, *_):
     (coefficients,) = ctx.saved_tensors
-    return None if grad is None else grad * coefficients, None, None, None, None
+    return None if grad is None else grad * coefficients, *[None] * ctx.num_constants
 
 
 _sigmoid_preference.register_autograd(_backward, setup_context=_setup_context)
 
 
-def sigmoid_preference(logps, ref_logps, num_tokens, beta, label_smoothing):
+def sigmoid_preference(
+    logps: Tensor, ref_logps: Tensor | None, num_tokens: Tensor | None, beta: float, label_smoothing: float
+) -> tuple[Tensor, Tensor]:
     """Mean sigmoid loss [] of pairs, differentiable in logps, and the rewards [2B], in one launch.
 
     Args:
         logps: float32 [2B], chosen first, summed over tokens, on a CUDA device; B not 0.
         ref_logps: float32 [2B] or None.
-        num_tokens: int64 [2B] for the loss of log-ratios a token, None for that of sums. Rewards are of sums.
-        beta, label_smoothing: as in `LossConfig`.
+        num_tokens: int64 [2B] for the loss of log-ratios per token, None for that of sums. Rewards are sums.
+        beta: as in `LossConfig`.
+        label_smoothing: as in `LossConfig`.
     """
     ref_logps = None if ref_logps is None else ref_logps.detach().contiguous()
     loss, rewards, _ = _sigmoid_preference(

@@ -28,8 +28,19 @@ from bpo_fast.ops.rows import (
 )
 
 
+class Outputs(NamedTuple):
+    """Outputs of the op, or their gradients, in the order of its schema. Those not asked for are empty."""
+
+    token_logps: Tensor  # [1, S, T] of the policy, [2, S, T] with the reference's
+    logps: Tensor  # [S], sums over tokens
+    ref_logps: Tensor  # [S]
+    num_tokens: Tensor  # int64 [S]
+    statistics: Tensor  # [4, S, T] in the order of TokenStatistics
+    row_numbers: Tensor  # [2, S, T], the policy's maximum and log s of each row
+
+
 def _row_blocks(targets, vocab_size):
-    """(sequence, slice of tokens) of each run of targets [S, T] that count, cut to blocks."""
+    """(sequence, slice of tokens) of each run of targets [S, T] that are not ignored, cut to blocks."""
     most = block_rows(vocab_size)
     blocks = []
     for sequence, kept in enumerate(targets != IGNORE_INDEX):
@@ -48,10 +59,10 @@ def _scratch(blocks, logits):
     return logits.new_empty(longest, logits.shape[-1], dtype=accumulation_dtype(logits.dtype))
 
 
-def _forward_torch(logits, targets, softcap, temperature, token_logps, row_numbers, statistics):
+def _forward_torch(logits, targets, softcap, temperature, token_logps, row_numbers=None, statistics=None):
     """Fill token_logps [S, T] and, where given, row_numbers [2, S, T] and statistics [4, S, T].
 
-    Only at targets that count: no other row is read.
+    Only at targets that are not ignored: no other row is read.
     """
     blocks = _row_blocks(targets, logits.shape[-1])
     scratch = _scratch(blocks, logits)
@@ -62,18 +73,14 @@ def _forward_torch(logits, targets, softcap, temperature, token_logps, row_numbe
         if not as_they_are:
             rows = out.copy_(rows)
             final_logits_(rows, softcap, temperature, with_slope=False)
-        block_statistics = None if statistics is None else out.new_empty(4, len(rows))
-        token_logps[where], row_max, row_sum = exponentiate(rows, targets[where], out, block_statistics)
+        row_statistics = None if statistics is None else statistics[:, *where]
+        token_logps[where], row_max, row_sum = exponentiate(rows, targets[where], out, row_statistics)
         if row_numbers is not None:
-            row_numbers[0][where] = row_max.squeeze(1)
-            row_numbers[1][where] = row_sum.log().squeeze(1)
-        if statistics is not None:
-            for plane, values in zip(statistics, block_statistics, strict=True):
-                plane[where] = values
+            row_numbers[:, *where] = torch.stack([row_max, row_sum.log()]).squeeze(2)
 
 
 def _backward_torch(grad, logits, targets, row_numbers, softcap, temperature, grad_logits):
-    """Fill grad_logits [S, T, V] at the targets that count, from grad [S, T]; it may be the logits' memory."""
+    """Fill grad_logits [S, T, V] at the targets that are not ignored; it may be the logits' memory. grad is [S, T]."""
     blocks = _row_blocks(targets, logits.shape[-1])
     # Without rounding, the gradient is worked out where it will stay.
     scratch = None if grad_logits.dtype == grad.dtype else _scratch(blocks, logits)
@@ -105,11 +112,7 @@ def _sequence_logps(
     with_statistics: bool,
     inplace_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """token_logps [P, S, T], policy sums [S], reference sums [S], num_tokens [S], statistics [4, S, T], row numbers.
-
-    Row numbers [2, S, T] are the policy's maximum and log s of each row. What is not asked for is empty.
-    `inplace_backward` is for the backward pass alone.
-    """
+    """`Outputs` of logits and ref_logits [S, T, V] and targets [S, T]. Only the backward pass reads the last flag."""
     check_target_range(targets, logits.shape[-1])
     outputs = _sequence_logps_fake(
         logits, ref_logits, targets, softcap, temperature, with_sums, with_statistics, inplace_backward
@@ -138,7 +141,7 @@ def _sequence_logps(
     options = (targets, softcap, temperature)
     _forward_torch(logits, *options, token_logps[0], row_numbers, statistics if with_statistics else None)
     if ref_logits is not None:
-        _forward_torch(ref_logits, *options, token_logps[1], None, None)
+        _forward_torch(ref_logits, *options, token_logps[1])
     if with_sums:
         torch.sum(token_logps[0], dim=1, out=policy_sums)
         if ref_logits is not None:
@@ -156,13 +159,13 @@ def _sequence_logps_fake(
     def empty(*shape):
         return logits.new_empty(shape, dtype=accumulation_dtype(logits.dtype))
 
-    return (
-        empty(1 if ref_logits is None else 2, num_sequences, num_tokens),
-        empty(num_sequences if with_sums else 0),
-        empty(num_sequences if with_sums and ref_logits is not None else 0),
-        targets.new_empty(num_sequences if with_sums else 0),
-        empty(4 if with_statistics else 0, num_sequences, num_tokens),
-        empty(2, num_sequences, num_tokens),
+    return Outputs(
+        token_logps=empty(1 if ref_logits is None else 2, num_sequences, num_tokens),
+        logps=empty(num_sequences if with_sums else 0),
+        ref_logps=empty(num_sequences if with_sums and ref_logits is not None else 0),
+        num_tokens=targets.new_empty(num_sequences if with_sums else 0),
+        statistics=empty(4 if with_statistics else 0, num_sequences, num_tokens),
+        row_numbers=empty(2, num_sequences, num_tokens),
     )
 
 
@@ -234,24 +237,29 @@ def _(grad_tokens, grad_sums, logits, targets, row_numbers, softcap, temperature
 
 
 def _setup_context(ctx, inputs, output):
-    logits, _, targets, ctx.softcap, ctx.temperature, _, _, ctx.inplace_backward = inputs
+    logits, _, targets, ctx.softcap, ctx.temperature, *_, ctx.inplace_backward = inputs
+    ctx.num_constants = len(inputs) - 1
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, targets, output[5])
+    ctx.save_for_backward(logits, targets, Outputs(*output).row_numbers)
 
 
-def _backward(ctx, grad_tokens, grad_sums, *_):
-    if grad_tokens is None and grad_sums is None:
-        return (None,) * 8
-    grad_tokens = None if grad_tokens is None else grad_tokens[0].contiguous()
-    grad_sums = None if grad_sums is None or not grad_sums.numel() else grad_sums.contiguous()
+def _backward(ctx, *grads):
+    return _logits_gradient(ctx, Outputs(*grads)), *[None] * ctx.num_constants
+
+
+def _logits_gradient(ctx, grads):
+    if grads.token_logps is None and grads.logps is None:
+        return None
+    grad_tokens = None if grads.token_logps is None else grads.token_logps[0].contiguous()
+    grad_sums = None if grads.logps is None or not grads.logps.numel() else grads.logps.contiguous()
     arguments = (grad_tokens, grad_sums, *ctx.saved_tensors, ctx.softcap, ctx.temperature)
     logits = ctx.saved_tensors[0]
     # Elements that share memory, as after expand(), cannot hold their gradients.
     own_memory = all(stride > 0 or size == 1 for size, stride in zip(logits.shape, logits.stride(), strict=True))
     if ctx.inplace_backward and logits.stride(-1) == 1 and own_memory:
         _sequence_logps_backward_(*arguments)
-        return logits, *(None,) * 7
-    return _sequence_logps_backward(*arguments), *(None,) * 7
+        return logits
+    return _sequence_logps_backward(*arguments)
 
 
 _sequence_logps.register_autograd(_backward, setup_context=_setup_context)
@@ -261,55 +269,65 @@ class SequenceLogps(NamedTuple):
     """Log-probs of S sequences of T positions, float32 (float64 for float64 inputs), in nats.
 
     `token_logps` and `ref_token_logps` [S, T], 0 where ignored; their sums `logps` and `ref_logps` [S]; `num_tokens`
-    int64 [S], targets that count; `statistics` of the policy's tokens, each [S, T]. None where not asked for.
+    int64 [S], how many targets are not ignored; `statistics` of the policy's tokens, each [S, T]. None where not asked
+    for.
     """
 
     token_logps: Tensor
-    logps: Tensor
+    logps: Tensor | None
     ref_token_logps: Tensor | None
     ref_logps: Tensor | None
-    num_tokens: Tensor
+    num_tokens: Tensor | None
     statistics: TokenStatistics | None
 
 
 def sequence_logps(
-    logits,
-    ref_logits,
-    targets,
+    logits: Tensor,
+    ref_logits: Tensor | None,
+    targets: Tensor,
     *,
-    logit_softcap=None,
-    temperature=1.0,
-    with_statistics=False,
-    inplace_backward=False,
-):
+    logit_softcap: float | None = None,
+    temperature: float = 1.0,
+    with_sums: bool = True,
+    with_statistics: bool = False,
+    inplace_backward: bool = False,
+) -> SequenceLogps:
     """Token and sequence log-probs under a policy and, in the same launch, under a reference: `SequenceLogps`.
 
     `logits` and `ref_logits` (or None) are [S, T, V], `targets` int64 [S, T] with -100 where nothing is predicted; no
-    shift. Differentiable in `logits`; the reference is a constant. The other arguments are those of `token_logps`.
+    shift. Differentiable in `logits`; the reference is a constant. `with_sums` asks for the sums and `num_tokens`; the
+    other arguments are those of `token_logps`.
     """
-    token_logps, logps, ref_logps, num_tokens, statistics, _ = _sequence_logps(
+    outputs = _sequence_logps(
         logits,
         None if ref_logits is None else ref_logits.detach(),
         targets.contiguous(),
         None if logit_softcap is None else float(logit_softcap),
         float(temperature),
-        True,
+        with_sums,
         with_statistics,
         inplace_backward,
     )
+    found = Outputs(*outputs)
     return SequenceLogps(
-        token_logps[0],
-        logps,
-        None if ref_logits is None else token_logps[1],
-        None if ref_logits is None else ref_logps,
-        num_tokens,
-        TokenStatistics(*statistics.detach()) if with_statistics else None,
+        token_logps=found.token_logps[0],
+        logps=found.logps if with_sums else None,
+        ref_token_logps=None if ref_logits is None else found.token_logps[1],
+        ref_logps=found.ref_logps if with_sums and ref_logits is not None else None,
+        num_tokens=found.num_tokens if with_sums else None,
+        statistics=TokenStatistics(*found.statistics.detach()) if with_statistics else None,
     )
 
 
 def token_logps(
-    logits, targets, *, logit_softcap=None, temperature=1.0, with_statistics=False, inplace_backward=False
-):
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    logit_softcap: float | None = None,
+    temperature: float = 1.0,
+    with_statistics: bool = False,
+    inplace_backward: bool = False,
+) -> Tensor | tuple[Tensor, TokenStatistics]:
     """Log-probability of each target token, log softmax(logits)[target], without a copy of the logits.
 
     Args:
@@ -318,26 +336,24 @@ def token_logps(
             or -100: such a row gives 0, has no gradient, and its logits are not read.
         logit_softcap: cap c of logits c * tanh(logits / c) (Gemma 2), or None.
         temperature: divides the logits, after the cap.
-        with_statistics: give the tokens' `TokenStatistics` too, from the same pass.
+        with_statistics: return the tokens' `TokenStatistics` too, from the same pass.
         inplace_backward: let the backward pass write the gradient over the logits, which nothing else may then read.
 
     Returns:
-        float32 [...] (float64 for float64 logits), in nats, differentiable in `logits`; with statistics the pair of it
+        float32 [...] (float64 for float64 logits), in nats, differentiable in `logits`; with statistics, a tuple of it
         and a `TokenStatistics`. The backward pass writes the gradient in one pass into one buffer of the logits'
-        dtype, their own if it may.
+        dtype, with `inplace_backward` their own.
 
     Raises:
         TypeError: logits that are not floating point, targets that are not int32 or int64.
         ValueError: shapes or devices that do not fit, a cap or a temperature that is not positive, a target outside
-            the vocabulary. On a CUDA device, where to look at targets would be to wait for them, such a target gives
+            the vocabulary. On a CUDA device, where checking targets would mean waiting for them, such a target gives
             NaN.
 
-    >>> import torch
-    >>> token_logps(torch.tensor([[0.0, 0.0], [1.0, 2.0]]), torch.tensor([0, -100]))
-    tensor([-0.6931,  0.0000])
+    Example:
+        >>> token_logps(torch.tensor([[0.0, 0.0], [1.0, 2.0]]), torch.tensor([0, -100]))
+        tensor([-0.6931,  0.0000])
     """
-    if not isinstance(logits, Tensor):
-        raise ValueError(f"logits: found {describe(logits)}, expected a tensor [..., V] of a floating-point dtype.")
     check_tensor("logits", logits, ("...", "V"))
     check_indices("targets", targets, logits.shape[:-1])
     check_same("targets", targets, "logits", logits)
@@ -345,18 +361,17 @@ def token_logps(
     if not logits.shape[-1]:
         raise ValueError(f"logits: found {describe(logits)}, expected [..., V] with V of at least 1.")
     rows = logits.reshape(1, -1, logits.shape[-1]) if logits.ndim != 3 else logits
-    row_targets = targets.reshape(rows.shape[:2]).to(torch.int64)
-    logps, _, _, _, statistics, _ = _sequence_logps(
+    found = sequence_logps(
         rows,
         None,
-        row_targets.contiguous(),
-        None if logit_softcap is None else float(logit_softcap),
-        float(temperature),
-        False,
-        with_statistics,
-        inplace_backward,
+        targets.reshape(rows.shape[:2]).to(torch.int64),
+        logit_softcap=logit_softcap,
+        temperature=temperature,
+        with_sums=False,
+        with_statistics=with_statistics,
+        inplace_backward=inplace_backward,
     )
-    logps = logps[0].reshape(targets.shape)
+    logps = found.token_logps.reshape(targets.shape)
     if not with_statistics:
         return logps
-    return logps, TokenStatistics(*(plane.reshape(targets.shape) for plane in statistics.detach()))
+    return logps, TokenStatistics(*(values.reshape(targets.shape) for values in found.statistics))

@@ -1,15 +1,16 @@
 """Token log-probs where each process holds a part of the head: the vocabulary of a tensor-parallel model.
 
-A process needs two things of its own rows of the head: the log-sum-exp of their logits, with unit-gradient rows as
-`linear_token_logps` makes them, and the logit of the target if the target is one of them. With l_i the log-sum-exp of
-process i and x_y the target's logit,
+A process computes two things from its own rows of the head: the log-sum-exp of their logits, with unit-gradient rows
+as `linear_token_logps` makes them, and the logit of the target if the target is one of them. With l_i the log-sum-exp
+of process i and x_y the target's logit,
 
     log p_y = x_y - log sum_i exp(l_i),    d log p_y / d l_i = -exp(l_i - log sum_i exp(l_i)),
 
-so two numbers a token are exchanged forward, and a gradient of the hidden states backward. Logits stay where they are.
+so two numbers per token are exchanged forward, and a gradient of the hidden states backward. Logits stay where they
+are.
 
-Where the tokens are split instead (sequence parallel) nothing is needed but this: each process calls
-`linear_token_logps` on its own tokens, and sums of log-probs are added up over the processes.
+Where the tokens are split instead (sequence parallel), each process calls `linear_token_logps` on its own tokens, and
+sums of log-probs are added up over the processes.
 """
 
 import torch
@@ -72,11 +73,12 @@ def vocab_parallel_token_logps(
     Args:
         hidden: [..., H], the same on every process.
         weight_shard: [V_i, H], rows vocab_start .. vocab_start + V_i - 1 of the head; sizes may differ.
-        targets: int64 or int32 [...], the same on every process, over the whole vocabulary; -100 = ignored.
+        targets: int64 or int32 [...], ids in the whole vocabulary, the same on every process; -100 = ignored.
         vocab_start: the first row that this process holds.
         group: the processes that share the head; by default all.
         bias_shard: [V_i] or None.
-        logit_softcap, temperature: as in `linear_token_logps`.
+        logit_softcap: as in `linear_token_logps`.
+        temperature: as in `linear_token_logps`.
 
     Returns:
         float32 [...] (float64 for float64 inputs), the same on every process, differentiable: the gradient of hidden

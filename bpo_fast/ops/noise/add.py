@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from bpo_fast.ops.noise.launch import (
-    DEVICES,
-    check_batch,
-    check_integers,
+from bpo_fast.ops.noise.launch import DEVICES, check_samples_apart, launch_samples, overlap
+from bpo_fast.ops.noise.operands import (
     check_out,
-    check_samples_apart,
     check_stream,
-    is_int,
-    launch_samples,
-    overlap,
+    check_values,
+    save_scales,
+    select_scales,
+    signal_scales,
 )
 from bpo_fast.ops.noise.schedule import NoiseSchedule
 
@@ -33,18 +31,18 @@ def add_noise(
     Philox4x32-10 (Salmon et al., SC 2011) with the seed as key and (element / 4, sample id) as counter, then
     Box-Muller. Neither the batch a sample is in, nor its place in it, nor dtype, strides, threads or device change a
     bit of eps. The arithmetic is fp32 whatever the dtype, and the result is rounded to x's dtype once, to nearest
-    even; a NaN of x leaves as the one NaN 0x7fffffff (0x7fff). |eps| reaches 6.76.
+    even; every NaN of x becomes the one NaN 0x7fffffff (0x7fff). |eps| reaches 6.76.
 
     Differentiable in x (grad * sqrt(abar_t)), unless `out` is given.
 
     Args:
-        x: [B, ...], float32, bfloat16 or float16, on the CPU or a CUDA device. Rows (x[b]) with gaps inside are copied
-            first; a stride between rows is not, so `x.expand(K, ...)` noises one sample K ways.
-        step: an int for all samples, or an integer tensor [B], one a sample. A CUDA tensor of steps waits for the GPU
-            to check its range; an int never does.
-        schedule: says what each step keeps.
+        x: [B, ...], float32, bfloat16 or float16, on the CPU or a CUDA device. Samples (x[b]) with gaps inside are
+            copied first; a stride between samples needs no copy, so `x.expand(K, ...)` noises one sample K ways.
+        step: an int for all samples, or an integer tensor [B] with one for each. A CUDA tensor of steps waits for the
+            GPU to check its range; an int never does.
+        schedule: what each step keeps of x.
         seed: any signed 64-bit integer.
-        sample_ids: int64 [B], the name of each sample's stream; default 0 .. B - 1.
+        sample_ids: int64 [B], the id of each sample's noise; default 0 .. B - 1.
         out: where to write, of x's shape, dtype and device; may be x itself.
 
     Returns:
@@ -62,22 +60,13 @@ def add_noise(
         >>> torch.equal(y[2:], z)
         True
     """
-    check_batch(x)
+    check_values("x", x, ("B", "..."))
     check_stream(x.shape[0], schedule, seed, sample_ids)
-    if is_int(step):
-        scales, steps = schedule.table(x.device).narrow(0, schedule.checked_step(step), 1), None
-    else:
-        check_integers("step", step, f"an int or an integer tensor [{x.shape[0]}]")
-        if step.shape != x.shape[:1]:
-            raise ValueError(
-                f"step has shape {list(step.shape)} but x has {x.shape[0]} samples; expected an int or [{x.shape[0]}]"
-            )
-        scales, steps = schedule.table(x.device), step.to(torch.int64)
-    ids = None if sample_ids is None else sample_ids.to(x.device).contiguous()
+    scales, steps = select_scales(step, x.shape[0], schedule, x.device)
     if out is None:
-        return torch.ops.bpo_fast.add_noise(x, scales, steps, ids, seed)
+        return torch.ops.bpo_fast.add_noise(x, scales, steps, sample_ids, seed)
     check_out(out, x, x.shape)
-    torch.ops.bpo_fast.add_noise_out(x, scales, steps, ids, seed, out)
+    torch.ops.bpo_fast.add_noise_out(x, scales, steps, sample_ids, seed, out)
     return out
 
 
@@ -99,19 +88,12 @@ def _(x, scales, steps, ids, seed):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _setup_context(ctx, inputs, output):
-    _, scales, steps, _, _ = inputs
-    ctx.save_for_backward(scales, steps)
-
-
 def _backward(ctx, grad):
-    scales, steps = ctx.saved_tensors
-    kept = scales[:, 0] if steps is None else scales[:, 0].index_select(0, steps.to(scales.device))
-    scaled = grad.float() * kept.reshape(-1, *[1] * (grad.ndim - 1))
+    scaled = grad.float() * signal_scales(ctx).reshape(-1, *[1] * (grad.ndim - 1))
     return scaled.to(grad.dtype), None, None, None, None
 
 
-_add_noise.register_autograd(_backward, setup_context=_setup_context)
+_add_noise.register_autograd(_backward, setup_context=save_scales)
 
 
 @torch.library.custom_op("bpo_fast::add_noise_out", mutates_args=("out",), device_types=DEVICES)
@@ -128,7 +110,7 @@ def _add_noise_out(
     check_samples_apart(out)
     same = x.data_ptr() == out.data_ptr() and x.stride() == out.stride()
     if overlap(x, out) and not same:
-        raise ValueError("out overlaps x in memory without being the same tensor; pass out=x or memory of its own")
+        raise ValueError("out: found memory that overlaps x, expected that of x itself or its own; pass out=x.")
     launch_samples(x, scales, steps, ids, seed, out, ladder=False)
 
 

@@ -1,4 +1,4 @@
-"""The one place that imports the native extension bpo_fast._C, and that says in a sentence which half is missing."""
+"""The only import of the native extension bpo_fast._C, and one sentence about what is missing of it."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def extension():
         return importlib.import_module("bpo_fast._C")
     except ImportError as error:
         raise ImportError(
-            f"add_noise needs bpo-fast's native extension bpo_fast._C, which cannot be loaded here ({error}); "
-            "with a C++ compiler at hand, run `pip install --force-reinstall --no-deps .` in the root of a checkout."
+            f"bpo_fast._C: found no extension that loads ({error}), expected bpo-fast's native one; with a C++ "
+            "compiler, run `pip install --force-reinstall --no-deps .` in the root of a checkout."
         ) from error
 
 
@@ -38,7 +38,7 @@ def cuda_extension():
     module = extension()
     if not module.cuda_built:
         raise RuntimeError(
-            "add_noise got a CUDA tensor but bpo_fast._C was built without its CUDA half; "
-            f"run {REBUILD_WITH_CUDA}, or move the tensor to the CPU, where the same noise has the same bits."
+            f"bpo_fast._C: found no CUDA half, expected one for CUDA tensors; run {REBUILD_WITH_CUDA}, or move the "
+            "tensors to the CPU, where the same noise has the same bits."
         )
     return module

@@ -1,25 +1,18 @@
-"""add_noise_rows: cached features, with noise or clean, cast and written into the rows of a packed embedding."""
+"""add_noise_rows: cached image features, noised or clean, cast and written into rows of a packed sequence."""
 
 from __future__ import annotations
 
 import torch
 
-from bpo_fast.ops.noise.launch import (
-    DEVICES,
-    check_data,
-    check_integers,
-    check_no_grad,
-    check_ranges,
-    check_stream,
-    dense,
-    is_int,
-    launch,
-    overlap,
-)
+from bpo_fast.ops.checks import INTEGER_DTYPES, check_device, check_indices, check_ranges, is_int
+from bpo_fast.ops.noise.launch import DEVICES, dense, launch, overlap
+from bpo_fast.ops.noise.operands import check_no_grad, check_stream, check_values, select_scales
 from bpo_fast.ops.noise.schedule import NoiseSchedule
 
 # The step that adds nothing: features are cast and written as they are.
 CLEAN = -1
+# Stands where no schedule is given and every step is CLEAN.
+_NO_NOISE = NoiseSchedule([1.0], name="empty")
 
 
 def add_noise_rows(
@@ -33,7 +26,7 @@ def add_noise_rows(
     source: torch.Tensor | None = None,
     sample_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Write pictures of a feature cache, noised or clean, into the rows that hold their image tokens, in one pass.
+    """Write images of a feature cache, noised or clean, into the rows of their image tokens, in one pass.
 
     out[rows[b, m]] = x[s, m] * sqrt(abar_t) + eps * sqrt(1 - abar_t), with s = source[b], t = step[b], and the eps of
     `add_noise` for sample_ids[b]; out[rows[b, m]] = x[s, m] where step[b] is CLEAN. It is what
@@ -42,23 +35,24 @@ def add_noise_rows(
         out.index_copy_(0, rows.flatten(), noised.to(out.dtype).flatten(0, 1))
 
     leaves in out, bit for bit, while each feature is read once and written once: fp32 arithmetic, one rounding to
-    out's dtype at the end, for any pair of dtypes. A NaN of x is written as the one NaN 0x7fffffff (0x7fff).
+    out's dtype at the end, for any pair of dtypes. Every NaN of x is written as the one NaN 0x7fffffff (0x7fff).
 
-    It writes in place and is not differentiable: call it on the embeddings before they require a gradient, as those of
-    frozen features and a frozen embedding table do not.
+    It writes in place and is not differentiable: it is for frozen features and a frozen embedding table, before
+    anything requires a gradient.
 
     Args:
-        x: [N, M, H], float32, bfloat16 or float16: N cached pictures of M image tokens, on out's device.
-        step: an int for all pictures, an integer tensor [B], or CLEAN (-1), which may also stand in the tensor.
-        out: [S, H], float32, bfloat16 or float16, with dense rows: the packed row's embeddings. Rows that are not in
-            `rows` are left alone.
-        rows: integer tensor [B, M] or [B * M], picture after picture: the row of out of each image token, such as the
-            positions of the image token's id in a packed row. No row may be named twice.
-        schedule: says what each step keeps; not needed where step is CLEAN.
+        x: [N, M, H], float32, bfloat16 or float16: N cached images of M image tokens, on out's device.
+        step: an int for all images, or an integer tensor [B]. CLEAN (-1), also as an element of the tensor, adds no
+            noise.
+        out: [S, H], float32, bfloat16 or float16, with contiguous rows: the embeddings of a packed sequence. Rows that
+            are not in `rows` stay as they are.
+        rows: integer tensor [B, M] or [B * M], image after image: the row of out of each image token, such as the
+            positions of the image token's id in the packed sequence. No row may occur twice.
+        schedule: what each step keeps of x; not needed where step is CLEAN.
         seed: any signed 64-bit integer.
-        source: integer tensor [B], the picture to read for each sample, repeats allowed; default 0 .. N - 1.
-        sample_ids: int64 [B], the name of each sample's stream; default `source`, so that a picture's noise stays the
-            same in any batch.
+        source: integer tensor [B], the image to read for each sample, repeats allowed; default 0 .. N - 1.
+        sample_ids: int64 [B], the id of each sample's noise; default `source`, so that an image has the same noise in
+            any batch.
 
     Returns:
         `out`.
@@ -79,51 +73,30 @@ def add_noise_rows(
         >>> out is embeds, embeds[4:].unique().tolist(), embeds[[0, 3]].unique().tolist()
         (True, [1.0], [0.0])
     """
-    check_data("x", x, "[N, M, H]")
-    if x.ndim != 3:
-        raise ValueError(f"x has shape {list(x.shape)}; expected [N, M, H]: pictures, image tokens, width")
-    check_data("out", out, "[S, H]")
-    if out.ndim != 2 or out.shape[1] != x.shape[2]:
-        raise ValueError(f"out has shape {list(out.shape)}; expected [S, {x.shape[2]}], as wide as x")
-    if out.device != x.device:
-        raise ValueError(f"out is on {out.device} but x is on {x.device}; expected the same device")
+    check_values("x", x, ("N", "M", "H"))
+    check_values("out", out, ("S", x.shape[2]))
+    check_device("out", out, "x", x)
     check_no_grad(x, out)
-    samples = x.shape[0]
+    samples, tokens = x.shape[:2]
     if source is not None:
-        check_integers("source", source, "an integer tensor [B]")
-        if source.ndim != 1:
-            raise ValueError(f"source has shape {list(source.shape)}; expected [B], a picture of x for each sample")
+        check_indices("source", source, ("B",), dtypes=INTEGER_DTYPES)
         source, samples = source.to(torch.int64), source.shape[0]
-    check_integers("rows", rows, f"an integer tensor [{samples}, {x.shape[1]}]")
-    if rows.shape not in ((samples, x.shape[1]), (samples * x.shape[1],)):
-        raise ValueError(
-            f"rows has shape {list(rows.shape)} for {samples} pictures of {x.shape[1]} image tokens; expected "
-            f"[{samples}, {x.shape[1]}] or [{samples * x.shape[1]}]"
-        )
-    clean = is_int(step) and step == CLEAN
-    check_stream(samples, NoiseSchedule([1.0]) if clean and schedule is None else schedule, seed, sample_ids)
-    if clean:
-        scales, steps = x.new_empty((0, 2), dtype=torch.float32), torch.full((samples,), CLEAN)
-    elif is_int(step):
-        scales, steps = schedule.table(x.device).narrow(0, schedule.checked_step(step), 1), None
-    else:
-        check_integers("step", step, f"an int or an integer tensor [{samples}]")
-        if step.shape != (samples,):
-            raise ValueError(
-                f"step has shape {list(step.shape)} for {samples} pictures; expected an int or [{samples}]"
-            )
-        scales, steps = schedule.table(x.device), step.to(torch.int64)
+    check_indices("rows", rows, (samples, tokens), (samples * tokens,), dtypes=INTEGER_DTYPES)
+    if is_int(step) and step == CLEAN:
+        step = torch.full((samples,), CLEAN)
+        schedule = _NO_NOISE if schedule is None else schedule
+    check_stream(samples, schedule, seed, sample_ids)
+    scales, steps = select_scales(step, samples, schedule, x.device)
     ids = source if sample_ids is None else sample_ids
-    rows = rows.to(torch.int64).flatten()
-    torch.ops.bpo_fast.add_noise_rows(x, scales, steps, ids, seed, source, rows, out)
+    torch.ops.bpo_fast.add_noise_rows(x, scales, steps, ids, seed, source, rows.to(torch.int64).flatten(), out)
     return out
 
 
 def _check_rows_once(rows, height):
     marked = torch.zeros(height, dtype=torch.bool, device=rows.device).index_fill_(0, rows, True)
     if int(marked.count_nonzero()) != rows.numel():
-        counts = torch.bincount(rows, minlength=height)
-        raise ValueError(f"rows names row {int(counts.argmax())} of out more than once; expected each row once")
+        twice = int(torch.bincount(rows, minlength=height).argmax())
+        raise ValueError(f"rows: found row {twice} of out more than once, expected each row at most once.")
 
 
 @torch.library.custom_op("bpo_fast::add_noise_rows", mutates_args=("out",), device_types=DEVICES)
@@ -137,38 +110,40 @@ def _add_noise_rows(
     rows: torch.Tensor,
     out: torch.Tensor,
 ) -> None:
-    samples, (pictures, tokens, width), height = rows.numel() // max(x.shape[1], 1), x.shape, out.shape[0]
-    if samples * tokens * width == 0:
+    (images, tokens, width), height = x.shape, out.shape[0]
+    if rows.numel() * width == 0:
         return
     if out.stride(1) != 1 or (height > 1 and abs(out.stride(0)) < width):
-        raise ValueError("out has rows with gaps inside or that share memory; pass out=out.contiguous() instead")
+        raise ValueError(
+            "out: found rows with gaps inside or that share memory, expected contiguous ones; "
+            "pass out=out.contiguous()."
+        )
     if overlap(x, out):
-        raise ValueError("out overlaps x in memory; expected memory of its own")
+        raise ValueError("out: found memory that overlaps x, expected its own.")
     check_ranges(
         [
-            ("step", steps, CLEAN, scales.shape[0], "with CLEAN (-1) the steps are"),
-            ("source", source, 0, pictures, "x has pictures"),
-            ("rows", rows, 0, height, "out has rows"),
+            ("step", steps, CLEAN, scales.shape[0], "CLEAN (-1) or a step of the schedule"),
+            ("source", source, 0, images, "the images of x"),
+            ("rows", rows, 0, height, "the rows of out"),
         ]
     )
     _check_rows_once(rows, height)
     if not dense(x):  # copy what is read, not the whole cache
         x, source = (x.contiguous() if source is None else x.index_select(0, source.to(x.device))), None
-    on_device = {
-        name: None if tensor is None else tensor.to(x.device, non_blocking=True).contiguous()
-        for name, tensor in {"steps": steps, "ids": ids, "source": source, "out_rows": rows}.items()
-    }
     launch(
         x,
         out,
-        samples=samples,
+        samples=rows.numel() // tokens,
         n=tokens * width,
         width=width,
         x_stride=x.stride(0),
         out_stride=out.stride(0),
         scales=scales,
+        steps=steps,
+        ids=ids,
+        source=source,
+        out_rows=rows,
         seed=seed,
-        **on_device,
     )
 
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from numbers import Integral
+from collections.abc import Sequence
 
 import torch
+
+from bpo_fast.ops.checks import is_int
 
 
 class NoiseSchedule:
     """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, for steps t = 0 .. num_steps - 1.
 
-    Build one with `NoiseSchedule.sigmoid`, `.linear` or `.cosine`, or from any `alpha_bar` of your own.
+    Build one with `NoiseSchedule.sigmoid`, `.linear` or `.cosine`, or from an `alpha_bar` of your own.
 
     Args:
         alpha_bar: [T], the share of the signal's power that step t keeps: in [0, 1], never above the one before.
-        name: for messages and reports.
+        name: name of the schedule in error messages and reports.
 
     Attributes:
         alpha_bar: float64 [T] on the CPU.
@@ -32,12 +34,18 @@ class NoiseSchedule:
         0.744799 0.863017 0.505175
     """
 
-    def __init__(self, alpha_bar, name: str = "custom"):
+    def __init__(self, alpha_bar: torch.Tensor | Sequence[float], name: str = "custom"):
         alpha_bar = torch.as_tensor(alpha_bar, dtype=torch.float64, device="cpu").clone()
         if alpha_bar.ndim != 1 or alpha_bar.numel() == 0:
-            raise ValueError(f"alpha_bar has shape {list(alpha_bar.shape)}; expected a vector of at least one step")
-        if not bool(((alpha_bar >= 0) & (alpha_bar <= 1)).all()) or bool((alpha_bar.diff() > 0).any()):
-            raise ValueError("alpha_bar must hold numbers from 0 to 1 that never rise from one step to the next")
+            raise ValueError(f"alpha_bar: found shape {list(alpha_bar.shape)}, expected [T] with T of at least 1.")
+        wrong = ~((alpha_bar >= 0) & (alpha_bar <= 1))
+        wrong[1:] |= alpha_bar.diff() > 0
+        if wrong.any():
+            step = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"alpha_bar: found {alpha_bar[step].item()} at step {step}, expected numbers from 0 to 1 that never "
+                "rise from one step to the next."
+            )
         self.alpha_bar = alpha_bar
         self.name = name
         self.num_steps = alpha_bar.numel()
@@ -104,14 +112,16 @@ class NoiseSchedule:
         kept = self.alpha_bar[self.checked_step(step)].item()
         return math.sqrt(kept), math.sqrt(1 - kept)
 
-    def checked_step(self, step: int) -> int:
-        """`step`, if the schedule has it.
+    def checked_step(self, step: int, name: str = "step") -> int:
+        """`step`, if the schedule has it; `name` is the argument that an error names.
 
         Raises:
-            ValueError: it has not.
+            ValueError: the schedule has no such step.
         """
         if not 0 <= step < self.num_steps:
-            raise ValueError(f"step is {step}; the {self.name} schedule has steps 0 to {self.num_steps - 1}")
+            raise ValueError(
+                f"{name}: found {step}, expected 0 to {self.num_steps - 1}, the steps of the {self.name} schedule."
+            )
         return step
 
     def table(self, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -131,6 +141,6 @@ class NoiseSchedule:
 
 
 def _checked_num_steps(num_steps):
-    if not isinstance(num_steps, Integral) or isinstance(num_steps, bool) or num_steps < 1:
-        raise ValueError(f"num_steps is {num_steps!r}; expected an integer of at least 1")
+    if not is_int(num_steps) or num_steps < 1:
+        raise ValueError(f"num_steps: found {num_steps!r}, expected an int of at least 1.")
     return num_steps

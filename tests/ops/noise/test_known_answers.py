@@ -143,7 +143,10 @@ def test_rows_are_the_same_on_both(device, dtype, out_dtype, width, columns):
 @on_gpu
 def test_gpu_indices_are_checked(device):
     x, out = torch.zeros(2, 2, 8, device=device), torch.zeros(5, 8, device=device)
-    for rows, sentence in ([[0, 1, 2, 5], "rows holds 5"], [[0, 1, 2, 2], "rows names row 2 of out more than once"]):
+    for rows, sentence in (
+        [[0, 1, 2, 5], "^rows: found 5, expected 0 to 4"],
+        [[0, 1, 2, 2], "^rows: found row 2 of out more than once"],
+    ):
         with pytest.raises(ValueError, match=sentence):
             add_noise_rows(x, out=out, rows=torch.tensor(rows, device=device))
 

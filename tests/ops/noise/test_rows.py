@@ -1,6 +1,7 @@
 """add_noise_rows: the same bits as gather, add_noise, cast and index_copy; clean copies; its refusals."""
 
 import doctest
+import re
 
 import pytest
 import torch
@@ -40,9 +41,9 @@ def one_after_another(x, step, *, out, rows, seed=0, source=None, sample_ids=Non
     data=st.data(),
 )
 def test_same_bits_as_one_after_another(dtype, out_dtype, shape, samples, seed, data):
-    pictures, tokens, width = shape
+    images, tokens, width = shape
     x, out = make(*shape, dtype=dtype), make(samples * tokens + 3, width, dtype=out_dtype, seed=1)
-    source = torch.tensor(data.draw(st.lists(st.integers(0, pictures - 1), min_size=samples, max_size=samples)))
+    source = torch.tensor(data.draw(st.lists(st.integers(0, images - 1), min_size=samples, max_size=samples)))
     step = torch.tensor(data.draw(st.lists(st.integers(CLEAN, 999), min_size=samples, max_size=samples)))
     rows = torch.tensor(data.draw(st.permutations(range(len(out)))))[: samples * tokens]
     named = st.lists(st.integers(-(2**63), 2**63 - 1), min_size=samples, max_size=samples).map(torch.tensor)
@@ -86,8 +87,8 @@ def test_clean_is_an_exact_cast(dtype, out_dtype, step):
     assert set(found[nan].view(raw).tolist()) == {one_nan}
 
 
-def test_noise_of_a_picture_is_its_own_by_default():
-    """One picture, in any batch and at any place of the row, has the noise that add_noise gives its number."""
+def test_noise_of_an_image_is_its_own_by_default():
+    """An image has the noise that add_noise gives its number, in any batch and at any place of the sequence."""
     x = make(6, 2, 8)
     out = torch.zeros(6, 8)
     add_noise_rows(x, 700, out=out, rows=torch.arange(6), source=torch.tensor([4, 1, 4]), schedule=SIGMOID, seed=3)
@@ -149,65 +150,67 @@ def test_opcheck(given_all):
 
 
 def test_no_graph_break_under_compile():
-    def embed(table, ids, x, step, rows, source):
+    def embed(table, ids, x, step, rows, source, schedule=SIGMOID):
         embeds = table[ids]
-        return add_noise_rows(x, step, out=embeds, rows=rows, source=source, schedule=SIGMOID, seed=3) * 2
+        return add_noise_rows(x, step, out=embeds, rows=rows, source=source, schedule=schedule, seed=3) * 2
 
     compiled = torch.compile(embed, fullgraph=True, backend="aot_eager")
     arguments = (make(9, 8), torch.arange(9) % 4, make(3, 2, 8, dtype=torch.bfloat16))
     places = (torch.tensor([1, 2, 7, 8]), torch.tensor([2, 0]))
     for step in (CLEAN, 100, torch.tensor([CLEAN, 999])):
         assert torch.equal(compiled(*arguments, step, *places), embed(*arguments, step, *places))
+    assert torch.equal(compiled(*arguments, CLEAN, *places, None), embed(*arguments, CLEAN, *places, None))
 
 
 X, OUT = make(3, 2, 8), torch.zeros(7, 8)
 ROWS = torch.arange(6)
+INTEGERS = "int64, int32, int16, uint8 or int8"
 REFUSED = [
-    ({"x": [1.0]}, TypeError, r"x is list; expected a tensor \[N, M, H\]"),
-    ({"x": X.double()}, TypeError, "x has dtype torch.float64; expected float32"),
-    ({"x": X[0]}, ValueError, r"x has shape \[2, 8\]; expected \[N, M, H\]"),
-    ({"out": "y"}, TypeError, r"out is str; expected a tensor \[S, H\]"),
-    ({"out": OUT[:, :7]}, ValueError, r"out has shape \[7, 7\]; expected \[S, 8\]"),
-    ({"out": OUT.to("meta")}, ValueError, "out is on 'meta'"),
-    ({"out": torch.zeros(8, 7).t()}, ValueError, "out has rows with gaps inside or that share memory"),
-    ({"out": torch.zeros(1, 8).expand(7, 8)}, ValueError, "out has rows with gaps inside or that share memory"),
-    ({"out": OUT.clone().requires_grad_()}, ValueError, "out cannot be given where x or out requires a gradient"),
+    ({"x": [1.0]}, TypeError, "x: found list, expected a tensor [N, M, H] of float32, bfloat16 or float16."),
+    ({"x": X.double()}, TypeError, "x: found float64 [3, 2, 8], expected a tensor [N, M, H] of float32,"),
+    ({"x": X[0]}, ValueError, "x: found float32 [2, 8], expected [N, M, H]."),
+    ({"out": "y"}, TypeError, "out: found str, expected a tensor [S, 8] of float32, bfloat16 or float16."),
+    ({"out": OUT[:, :7]}, ValueError, "out: found float32 [7, 7], expected [S, 8]."),
+    ({"out": OUT.to("meta")}, ValueError, "out: found on meta, expected on the CPU or a CUDA device."),
+    ({"out": torch.zeros(8, 7).t()}, ValueError, "out: found rows with gaps inside or that share memory, expected"),
+    ({"out": torch.zeros(1, 8).expand(7, 8)}, ValueError, "out: found rows with gaps inside or that share memory,"),
+    ({"out": OUT.clone().requires_grad_()}, ValueError, "out: found x or out requiring a gradient, expected neither"),
+    ({"rows": ROWS[:5]}, ValueError, "rows: found int64 [5], expected [3, 2] or [6]."),
+    ({"rows": ROWS + 2}, ValueError, "rows: found 7, expected 0 to 6, the rows of out."),
+    ({"rows": ROWS - 1}, ValueError, "rows: found -1, expected 0 to 6, the rows of out."),
     (
-        {"rows": ROWS[:5]},
+        {"rows": torch.tensor([0, 1, 2, 4, 4, 5])},
         ValueError,
-        r"rows has shape \[5\] for 3 pictures of 2 image tokens; expected \[3, 2\] or \[6\]",
+        "rows: found row 4 of out more than once, expected each row at most once.",
     ),
-    ({"rows": ROWS + 2}, ValueError, "rows holds 7; out has rows 0 to 6"),
-    ({"rows": ROWS - 1}, ValueError, "rows holds -1; out has rows 0 to 6"),
-    ({"rows": torch.tensor([0, 1, 2, 4, 4, 5])}, ValueError, "rows names row 4 of out more than once"),
-    ({"rows": ROWS.float()}, TypeError, r"rows has dtype torch.float32; expected an integer tensor \[3, 2\]"),
-    ({"rows": [0, 1]}, TypeError, "rows is list; expected an integer tensor"),
-    ({"source": torch.tensor([0, 3, 1])}, ValueError, "source holds 3; x has pictures 0 to 2"),
-    ({"source": torch.tensor([[0, 3]])}, ValueError, r"source has shape \[1, 2\]; expected \[B\]"),
-    ({"source": [0, 1, 2]}, TypeError, "source is list; expected an integer tensor"),
-    ({"step": 1000}, ValueError, "step is 1000; the sigmoid schedule has steps 0 to 999"),
-    ({"step": -2}, ValueError, "step is -2; the sigmoid schedule has steps 0 to 999"),
-    ({"step": torch.tensor([0, 1, 1000])}, ValueError, r"step holds 1000; with CLEAN \(-1\) the steps are -1 to 999"),
-    ({"step": torch.tensor([0, 1, -2])}, ValueError, r"step holds -2; with CLEAN \(-1\) the steps are -1 to 999"),
-    ({"step": torch.tensor([0, 1])}, ValueError, r"step has shape \[2\] for 3 pictures; expected an int or \[3\]"),
-    ({"step": 0.5}, TypeError, "step is float; expected an int or an integer tensor"),
-    ({"schedule": None}, TypeError, "schedule is NoneType; expected a NoiseSchedule"),
-    ({"seed": 2**63}, ValueError, "expected a signed 64-bit integer"),
-    ({"sample_ids": torch.arange(2)}, ValueError, r"sample_ids has shape \[2\] but x has 3 samples"),
+    ({"rows": ROWS.float()}, TypeError, f"rows: found float32 [6], expected a tensor [3, 2] or [6] of {INTEGERS}."),
+    ({"rows": [0, 1]}, TypeError, f"rows: found list, expected a tensor [3, 2] or [6] of {INTEGERS}."),
+    ({"source": torch.tensor([0, 3, 1])}, ValueError, "source: found 3, expected 0 to 2, the images of x."),
+    ({"source": torch.tensor([[0, 3]])}, ValueError, "source: found int64 [1, 2], expected [B]."),
+    ({"source": [0, 1, 2]}, TypeError, f"source: found list, expected a tensor [B] of {INTEGERS}."),
+    ({"step": 1000}, ValueError, "step: found 1000, expected 0 to 999, the steps of the sigmoid schedule."),
+    ({"step": -2}, ValueError, "step: found -2, expected 0 to 999, the steps of the sigmoid schedule."),
+    ({"step": torch.tensor([0, 1, 1000])}, ValueError, "step: found 1000, expected -1 to 999, CLEAN (-1) or a step"),
+    ({"step": torch.tensor([0, 1, -2])}, ValueError, "step: found -2, expected -1 to 999, CLEAN (-1) or a step of"),
+    ({"step": torch.tensor([0, 1])}, ValueError, "step: found int64 [2], expected an int or [3]."),
+    ({"step": 0.5}, TypeError, f"step: found float, expected an int or a tensor [3] of {INTEGERS}."),
+    ({"schedule": None}, TypeError, "schedule: found NoneType, expected a NoiseSchedule such as"),
+    ({"seed": 2**63}, ValueError, f"seed: found {2**63}, expected -2**63 to 2**63 - 1."),
+    ({"sample_ids": torch.arange(2)}, ValueError, "sample_ids: found int64 [2], expected [3]."),
 ]
 
 
 @pytest.mark.parametrize(("change", "error", "sentence"), REFUSED)
 def test_refusals(change, error, sentence):
     arguments = {"x": X, "step": 10, "out": OUT, "rows": ROWS, "schedule": SIGMOID, **change}
-    with pytest.raises(error, match=sentence) as caught:
+    with pytest.raises(error, match="^" + re.escape(sentence)) as caught:
         add_noise_rows(arguments.pop("x"), arguments.pop("step"), **arguments)
     assert "\n" not in str(caught.value)
 
 
 def test_overlap_with_out_is_refused():
     memory = torch.zeros(7, 8)
-    with pytest.raises(ValueError, match="out overlaps x in memory; expected memory of its own"):
+    with pytest.raises(ValueError, match=r"^out: found memory that overlaps x, expected its own"):
         add_noise_rows(memory[:6].view(3, 2, 8), 10, out=memory, rows=ROWS, schedule=SIGMOID)
 
 

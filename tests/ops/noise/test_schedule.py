@@ -73,19 +73,31 @@ def test_a_schedule_of_ones_own():
 
 @pytest.mark.parametrize("step", [-1, 1000])
 def test_step_out_of_range(step):
-    with pytest.raises(ValueError, match=rf"^step is {step}; the sigmoid schedule has steps 0 to 999$"):
+    with pytest.raises(
+        ValueError, match=rf"^step: found {step}, expected 0 to 999, the steps of the sigmoid schedule\.$"
+    ):
         NoiseSchedule.sigmoid().scales(step)
 
 
 @pytest.mark.parametrize("num_steps", [0, -3, 2.5, True])
 def test_bad_num_steps(num_steps):
-    with pytest.raises(ValueError, match="expected an integer of at least 1"):
+    with pytest.raises(ValueError, match=rf"^num_steps: found {num_steps}, expected an int of at least 1\.$"):
         NoiseSchedule.cosine(num_steps)
 
 
-@pytest.mark.parametrize("alpha_bar", [[0.5, 0.6], [1.1], [-0.1], [float("nan")], [], [[0.5]]])
-def test_bad_alpha_bar(alpha_bar):
-    with pytest.raises(ValueError, match=r"^alpha_bar "):
+@pytest.mark.parametrize(
+    ("alpha_bar", "found"),
+    [
+        ([0.5, 0.6], "0.6 at step 1"),
+        ([1.1], "1.1 at step 0"),
+        ([0.5, -0.1], "-0.1 at step 1"),
+        ([0.5, float("nan")], "nan at step 1"),
+        ([], r"shape \[0\]"),
+        ([[0.5]], r"shape \[1, 1\]"),
+    ],
+)
+def test_bad_alpha_bar(alpha_bar, found):
+    with pytest.raises(ValueError, match=rf"^alpha_bar: found {found}, expected "):
         NoiseSchedule(alpha_bar)
 
 
