@@ -51,8 +51,8 @@ def bootstrap(argv):
     bootstrap(arguments.model_name_or_path, None, model_init_kwargs=load_options, **options)
     counts = read_json(Path(arguments.output_dir) / METADATA_FILE)["counts"]
     print(
-        f"{counts['pairs']} pairs of {counts['rows']} rows in {arguments.output_dir}; {counts['skipped']} skipped "
-        f"(reasons in skipped.jsonl), {counts['rejected_truncated']} responses cut at max_new_tokens"
+        f"{counts['pairs']} pairs of {counts['records']} records in {arguments.output_dir}; {counts['skipped']} "
+        f"skipped (reasons in skipped.jsonl), {counts['rejected_truncated']} responses cut at max_new_tokens"
     )
 
 
@@ -67,14 +67,14 @@ def train(argv):
     from peft import LoraConfig
 
     from bpo_fast.data import load_preference_dataset
-    from bpo_fast.data.pairs import fingerprint
+    from bpo_fast.data.pairs import dataset_fingerprint
     from bpo_fast.models.load import load_model, load_processor
-    from bpo_fast.runs.files import claim_folder
+    from bpo_fast.runs.folder import claim_folder
 
     dataset = load_preference_dataset(arguments.dataset, image_folder=arguments.image_folder)
     settings = asdict(arguments) | {name: getattr(config, name) for name in _DECIDING_FIELDS}
     del settings["image_folder"]
-    settings["dataset"] = fingerprint(dataset)
+    settings["dataset"] = dataset_fingerprint(dataset)
     is_main_process = config.process_index == 0
     if is_main_process:
         claim_folder(config.output_dir, settings, record="run.json")

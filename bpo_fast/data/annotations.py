@@ -1,17 +1,21 @@
-"""Annotated images in LLaVA-Instruct's form: one (image, question, answer) a row.
+"""Annotated images: one (image, question, answer) a record.
 
-The file is a JSON list, as LLaVA-Instruct, ShareGPT4V and LLaVAR are published (JSON lines are read too):
+The file is a JSON list or JSON lines. A format is known by a key of its records:
+
+- LLaVA-Instruct, ShareGPT4V, LLaVAR: `conversations`, beside `id` and `image`.
 
     {"id": "...", "image": "coco/1.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
                                                             {"from": "gpt", "value": "A red circle."}]}
 
-A row gives its first question and answer. Later turns lean on earlier answers, and a preference pair is a single
-question about a single image (BPO, arXiv 2403.08730, section 3).
+  A record gives its first question and answer: later turns lean on earlier answers, and a preference pair is a single
+  question about a single image (BPO, arXiv 2403.08730, section 3).
 """
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageOps
 
@@ -22,16 +26,16 @@ IMAGE_TAG = "<image>"
 
 @dataclass(frozen=True, slots=True)
 class Annotation:
-    """One annotated answer: row number in the file, id, image path below the image folder, question and answer."""
+    """One annotated answer: number of its record in the file, id, image path below the image folder, and the texts."""
 
-    row: int
+    record: int
     id: str
     image: str
     question: str
     answer: str
 
     @property
-    def sample_id(self):
+    def sample_id(self) -> int:
         """63-bit id made of the content alone, so that noise and order of a sample survive any change of the file.
 
         >>> first, moved = Annotation(0, "a", "1.png", "What?", "A cat."), Annotation(7, "a", "1.png", "What?", "")
@@ -44,27 +48,29 @@ class Annotation:
 
 @dataclass(frozen=True, slots=True)
 class Skip:
-    """A row that was left out, and why."""
+    """A record that was left out, and why."""
 
-    row: int
+    record: int
     id: str
     reason: str
 
 
-def read_annotations(source, image_folder, *, max_response_words=350):
-    """Read annotated images; a row that cannot be used is skipped and listed, a file that cannot be read is an error.
+def read_annotations(
+    source: str | os.PathLike | list, image_folder: str | os.PathLike, *, max_response_words: int | None = 350
+) -> tuple[list[Annotation], list[Skip]]:
+    """Read annotated images; a record that cannot be used is skipped, a file that cannot be read is an error.
 
     Args:
-        source: path of a JSON or JSON-lines file, or the list of its rows.
-        image_folder: folder that the rows' `image` paths start from.
-        max_response_words (`int` or `None`): longer answers are skipped; None keeps all.
+        source: path of a JSON or JSON-lines file, or the list of its records.
+        image_folder: folder that the records' image paths start from.
+        max_response_words: longer answers are skipped; None keeps all.
 
     Returns:
-        `tuple[list[Annotation], list[Skip]]`, both in the order of the file.
+        The annotations and the skipped records, both in the order of the file.
 
     Raises:
         FileNotFoundError: the file or the image folder does not exist.
-        ValueError: the file is not a JSON list, or no row of it can be used.
+        ValueError: the file is not a JSON list, or no record of it can be used.
 
     Example:
 
@@ -72,75 +78,74 @@ def read_annotations(source, image_folder, *, max_response_words=350):
     >>> folder = Path(tempfile.mkdtemp())
     >>> Image.new("RGB", (4, 4)).save(folder / "1.png")
     >>> turns = [{"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A black square."}]
-    >>> rows = [{"id": "1", "image": "1.png", "conversations": turns}, {"id": "2", "conversations": turns}]
-    >>> annotations, skipped = read_annotations(rows, folder)
+    >>> records = [{"id": "1", "image": "1.png", "conversations": turns}, {"id": "2", "conversations": turns}]
+    >>> annotations, skipped = read_annotations(records, folder)
     >>> annotations[0].question, annotations[0].answer
     ('What is this?', 'A black square.')
     >>> skipped
-    [Skip(row=1, id='2', reason="no 'image' path")]
+    [Skip(record=1, id='2', reason="no 'image' path")]
     """
     image_folder = Path(image_folder)
     if not image_folder.is_dir():
-        raise FileNotFoundError(f"image_folder {image_folder} does not exist or is not a folder.")
+        raise FileNotFoundError(f"image_folder: found no folder '{image_folder}', expected that of the images.")
     if max_response_words is not None and max_response_words < 1:
-        raise ValueError(f"max_response_words must be at least 1 or None, but it is {max_response_words}.")
-    rows = source if isinstance(source, list) else read_json(source)
-    name = "the list of annotations" if isinstance(source, list) else str(source)
-    if not isinstance(rows, list):
-        raise ValueError(f"{name} must hold a JSON list of rows, but it holds a {type(rows).__name__}.")
+        raise ValueError(f"max_response_words: found {max_response_words}, expected at least 1 or None.")
+    name = "annotations" if isinstance(source, list) else source
+    records = source if isinstance(source, list) else read_json(source)
+    if not isinstance(records, list):
+        raise ValueError(f"{name}: found a {type(records).__name__}, expected a JSON list of records.")
     annotations, skipped = [], []
-    for row, record in enumerate(rows):
+    for number, record in enumerate(records):
+        record_id = str(record.get("id", number)) if isinstance(record, dict) else str(number)
         try:
-            annotation = _parse(row, record, max_response_words)
-            if not (image_folder / annotation.image).is_file():
-                raise ValueError(f"image {annotation.image} does not exist")
+            image, question, answer = _parse(record, max_response_words)
+            if not (image_folder / image).is_file():
+                raise ValueError(f"image {image} does not exist")
         except ValueError as reason:
-            skipped.append(Skip(row, _id_of(row, record), str(reason)))
+            skipped.append(Skip(number, record_id, str(reason)))
         else:
-            annotations.append(annotation)
+            annotations.append(Annotation(number, record_id, image, question, answer))
     if not annotations:
-        first = f": row {skipped[0].row} has {skipped[0].reason}" if skipped else ""
-        raise ValueError(f"{name} has no usable row among {len(rows)}{first}.")
+        first = f" (record {skipped[0].record} has {skipped[0].reason})" if skipped else ""
+        raise ValueError(f"{name}: found no usable record among {len(records)}{first}, expected at least one.")
     return annotations, skipped
 
 
-def read_image(path):
-    """Read a picture whole, upright and in RGB.
+def read_image(path: str | os.PathLike) -> Image.Image:
+    """Read an image whole, upright and in RGB.
 
     Raises:
-        ValueError: the file is missing, or is not a picture that can be decoded to its end.
+        ValueError: the file is missing, or is not an image that can be decoded to its end.
     """
     try:
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
-        raise ValueError(f"image {path} does not exist") from None
+        raise ValueError(f"{path}: found no such file, expected an image.") from None
     # Pillow's decoders report a damaged file by any of these, by format.
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image {path} cannot be decoded ({error})") from None
+        raise ValueError(f"{path}: found a file that cannot be decoded ({error}), expected an image.") from None
 
 
-def _id_of(row, record):
-    return str(record.get("id", row)) if isinstance(record, dict) else str(row)
+def check_response(response: str, max_response_words: int | None) -> None:
+    """Raise ValueError with the reason if `response` is empty or has more words than `max_response_words`."""
+    if not response.strip():
+        raise ValueError("an empty response")
+    words = len(response.split())
+    if max_response_words is not None and words > max_response_words:
+        raise ValueError(f"a response of {words} words, over max_response_words={max_response_words}")
 
 
-def _parse(row, record, max_response_words):
+def _parse(record: Any, max_response_words: int | None) -> tuple[str, str, str]:
+    """Image path, question and answer of a record in any of the formats, or ValueError with what it has wrong."""
     if not isinstance(record, dict):
         raise ValueError(f"a {type(record).__name__} where an object is needed")
-    image = record.get("image")
+    convert = next((convert for key, convert in _FORMATS.items() if key in record), None)
+    if convert is None:
+        raise ValueError(f"no {' or '.join(map(repr, _FORMATS))}, which tells its format")
+    image, question, answer = convert(record)
     if not isinstance(image, str) or not image:
         raise ValueError("no 'image' path")
-    turns = record.get("conversations")
-    if not isinstance(turns, list) or len(turns) < 2:
-        raise ValueError("no 'conversations' of a question and an answer")
-    for turn, speaker in zip(turns[:2], ("human", "gpt"), strict=True):
-        if not isinstance(turn, dict) or turn.get("from") != speaker or not isinstance(turn.get("value"), str):
-            raise ValueError(f"no text from '{speaker}' where one is expected in the first two turns")
-    question, answer = turns[0]["value"], turns[1]["value"].strip()
-    tags = question.count(IMAGE_TAG)
-    if tags != 1:
-        raise ValueError(f"{tags or 'no'} {IMAGE_TAG} in the first question where one is expected")
-    question = question.replace(IMAGE_TAG, "").strip()
     if not question:
         raise ValueError("an empty question")
     if IMAGE_TAG in answer:
@@ -148,13 +153,22 @@ def _parse(row, record, max_response_words):
     check_response(answer, max_response_words)
     # JSON can hold half a surrogate pair, which no file takes later on.
     "".join((image, question, answer)).encode()
-    return Annotation(row, _id_of(row, record), image, question, answer)
+    return image, question, answer
 
 
-def check_response(response, max_response_words):
-    """Raise ValueError with the reason if `response` is empty or has more words than `max_response_words`."""
-    if not response.strip():
-        raise ValueError("an empty response")
-    words = len(response.split())
-    if max_response_words is not None and words > max_response_words:
-        raise ValueError(f"a response of {words} words, over max_response_words={max_response_words}")
+def _from_llava(record):
+    turns = record["conversations"]
+    if not isinstance(turns, list) or len(turns) < 2:
+        raise ValueError("no 'conversations' of a question and an answer")
+    for turn, speaker in zip(turns[:2], ("human", "gpt"), strict=True):
+        if not isinstance(turn, dict) or turn.get("from") != speaker or not isinstance(turn.get("value"), str):
+            raise ValueError(f"no text from '{speaker}' where one is expected in the first two turns")
+    question, answer = turns[0]["value"], turns[1]["value"]
+    tags = question.count(IMAGE_TAG)
+    if tags != 1:
+        raise ValueError(f"{tags or 'no'} {IMAGE_TAG} in the first question where one is expected")
+    return record.get("image"), question.replace(IMAGE_TAG, "").strip(), answer.strip()
+
+
+# The key that tells a format -> image path, question and answer of a record; the texts without space around them.
+_FORMATS = {"conversations": _from_llava}

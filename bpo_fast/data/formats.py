@@ -1,6 +1,6 @@
-"""Published preference data, a row at a time, to TRL's columns.
+"""Published preference data, a record at a time, to TRL's columns.
 
-A format is known by the keys of its rows:
+A format is known by the keys of its records:
 
 - BPO (arXiv 2403.08730): `prompt`, `image`, `completions` of {`score`, `response`, `type`}; each two completions of
   unequal score are a pair.
@@ -11,17 +11,18 @@ A format is known by the keys of its rows:
 
 import json
 from itertools import product
+from typing import Any
 
 _IMAGE_TAGS = ("<image>", "<img>")
 
 
-def preference_row(image, question, chosen, rejected, **extra):
+def preference_row(image: str, question: str, chosen: str, rejected: str, **extra: Any) -> dict:
     """One preference pair in TRL's columns; `extra` columns are kept beside them.
 
-    >>> row = preference_row("1.png", "What is this?", "A circle.", "A square.", id="1")
-    >>> row["prompt"]
+    >>> pair = preference_row("1.png", "What is this?", "A circle.", "A square.", id="1")
+    >>> pair["prompt"]
     [{'role': 'user', 'content': [{'type': 'image'}, {'type': 'text', 'text': 'What is this?'}]}]
-    >>> row["rejected"][0]["content"][0]["text"], row["id"]
+    >>> pair["rejected"][0]["content"][0]["text"], pair["id"]
     ('A square.', '1')
     """
 
@@ -37,75 +38,75 @@ def preference_row(image, question, chosen, rejected, **extra):
     }
 
 
-def to_preference_rows(row, number):
-    """The preference pairs of a row in any of the formats.
+def to_pairs(record: dict, number: int) -> list[dict]:
+    """The preference pairs of a record in any of the formats.
 
     Args:
-        row (`dict`): the row.
-        number (`int`): its number, the id of a row that has none.
+        record: of a file of preference data.
+        number: of the record in its file, the id of a record that has none.
 
     Returns:
-        `list[dict]` in TRL's columns, with `id` and, for BPO's, `rejected_type`; TRL's own rows come back as they are.
+        Pairs in TRL's columns, with `id` and, for BPO's, `rejected_type`; TRL's own records come back as they are.
 
     Raises:
-        ValueError: the row is in none of the formats, or lacks a part of its own.
+        ValueError: what was found and expected, where the record is in none of the formats or lacks a part of its own.
 
     Example:
 
-    >>> row = {"image": "1.png", "question": "What is this?", "chosen": "A circle.", "rejected": "A square."}
-    >>> to_preference_rows(row, 0)[0]["chosen"]
+    >>> record = {"image": "1.png", "question": "What is this?", "chosen": "A circle.", "rejected": "A square."}
+    >>> to_pairs(record, 0)[0]["chosen"]
     [{'role': 'assistant', 'content': [{'type': 'text', 'text': 'A circle.'}]}]
     """
-    if not isinstance(row, dict):
-        raise ValueError(f"it is a {type(row).__name__}, expected an object")
-    for keys, convert in _FORMATS:
-        if keys <= row.keys():
+    if not isinstance(record, dict):
+        raise ValueError(f"found a {type(record).__name__}, expected an object")
+    for name, keys, convert in _FORMATS:
+        if keys <= record.keys():
             try:
-                return convert(row, str(row.get("id", row.get("idx", number))))
-            except (KeyError, TypeError, IndexError, AttributeError) as error:
-                raise ValueError(f"it has {', '.join(sorted(keys))} but not all of their parts ({error!r})") from None
-    raise ValueError(
-        f"it has the keys {', '.join(map(str, row))}, which are those of no known format (TRL, BPO, RLAIF-V, RLHF-V, "
-        "POVID)"
-    )
+                return convert(record, str(record.get("id", record.get("idx", number))))
+            except (KeyError, TypeError, IndexError, AttributeError, json.JSONDecodeError) as error:
+                parts = ", ".join(sorted(keys))
+                raise ValueError(f"found {parts} with a fault inside ({error!r}), expected those of {name}") from None
+    known = ", ".join(dict.fromkeys(name for name, _, _ in _FORMATS))
+    raise ValueError(f"found the keys {', '.join(map(str, record))}, expected those of a known format ({known})")
 
 
-def _from_trl(row, row_id):
-    images = row["images"]
+def _from_trl(record, record_id):
+    images = record["images"]
     if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
-        raise ValueError(f"its images must be a list of paths, but they are {images!r}")
-    return [row]
+        raise ValueError(f"found images {images!r}, expected a list of paths")
+    return [record]
 
 
-def _from_bpo(row, row_id):
-    question = _untagged(row["prompt"])
+def _from_bpo(record, record_id):
+    question = _untagged(record["prompt"])
     return [
         preference_row(
-            row["image"],
+            record["image"],
             question,
             chosen["response"],
             rejected["response"],
-            id=row_id,
+            id=record_id,
             rejected_type=str(rejected.get("type")),
         )
-        for chosen, rejected in product(row["completions"], repeat=2)
+        for chosen, rejected in product(record["completions"], repeat=2)
         if chosen["score"] > rejected["score"]
     ]
 
 
-def _from_rlaif_v(row, row_id):
-    return [preference_row(row["image"], _untagged(row["question"]), row["chosen"], row["rejected"], id=row_id)]
+def _from_rlaif_v(record, record_id):
+    question = _untagged(record["question"])
+    return [preference_row(record["image"], question, record["chosen"], record["rejected"], id=record_id)]
 
 
-def _from_rlhf_v(row, row_id):
-    path = row.get("image_path") or row["image"]
-    return _from_rlaif_v(json.loads(row["text"]) | {"image": path}, row_id)
+def _from_rlhf_v(record, record_id):
+    path = record.get("image_path") or record["image"]
+    return _from_rlaif_v(json.loads(record["text"]) | {"image": path}, record_id)
 
 
-def _from_povid(row, row_id):
-    question, chosen = row["conversations"][0]["value"], row["conversations"][1]["value"]
-    rejected = row["rejected_conversations"][1]["value"]
-    return [preference_row(row["image"], _untagged(question), chosen, rejected, id=row_id)]
+def _from_povid(record, record_id):
+    question, chosen = record["conversations"][0]["value"], record["conversations"][1]["value"]
+    rejected = record["rejected_conversations"][1]["value"]
+    return [preference_row(record["image"], _untagged(question), chosen, rejected, id=record_id)]
 
 
 def _untagged(question):
@@ -114,11 +115,12 @@ def _untagged(question):
     return question.strip()
 
 
+# Name, the keys that tell the format, and the pairs of a record.
 _FORMATS = (
-    ({"images", "prompt", "chosen", "rejected"}, _from_trl),
-    ({"image", "prompt", "completions"}, _from_bpo),
-    ({"image", "question", "chosen", "rejected"}, _from_rlaif_v),
-    ({"image", "conversations", "rejected_conversations"}, _from_povid),
-    ({"image_path", "text"}, _from_rlhf_v),
-    ({"image", "text"}, _from_rlhf_v),
+    ("TRL", {"images", "prompt", "chosen", "rejected"}, _from_trl),
+    ("BPO", {"image", "prompt", "completions"}, _from_bpo),
+    ("RLAIF-V", {"image", "question", "chosen", "rejected"}, _from_rlaif_v),
+    ("POVID", {"image", "conversations", "rejected_conversations"}, _from_povid),
+    ("RLHF-V", {"image_path", "text"}, _from_rlhf_v),
+    ("RLHF-V", {"image", "text"}, _from_rlhf_v),
 )

@@ -24,7 +24,8 @@ from bpo_fast.demo.tiny_llava import CHECKPOINT
 from bpo_fast.evaluate import evaluate
 from bpo_fast.models.load import load_model, load_processor
 from bpo_fast.models.packed_forward import enable_packed_forward
-from bpo_fast.runs.files import claim_folder, read_json, write_json
+from bpo_fast.runs.files import read_json, write_json
+from bpo_fast.runs.folder import claim_folder
 from bpo_fast.train.config import BPOConfig
 from bpo_fast.train.trainer import BPOTrainer
 

@@ -1,11 +1,11 @@
-"""A miniature world: small pictures of colored shapes whose parts nearly always come in the same company.
+"""A miniature world: small images of colored shapes whose parts nearly always come in the same company.
 
-A picture has one object in its left column, one to three objects of another kind to the right, and a ground. Every
+An image has one object in its left column, one to three objects of another kind to the right, and a ground. Every
 left object has a *typical* company by its color: a red circle stands beside two blue squares on sand.
 `sample_scene(bias=...)` says how often a scene obeys. A model brought up where nearly all do learns to say "blue
 squares" once it has said "red circle", whatever it sees: the language prior that BPO is about, small enough to watch.
 
-Pictures and texts are written as LLaVA-Instruct data: a folder of PNG files and a JSON list of
+Images and texts are written as LLaVA-Instruct data: a folder of PNG files and a JSON list of
 `{id, image, conversations}`. Everything is a function of the seed alone.
 """
 
@@ -66,7 +66,7 @@ _COMPANIES = {
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows. `layout_seed` fixes cells, sizes and jitter, so a scene is a picture."""
+    """What an image shows. `layout_seed` fixes cells, sizes and jitter, so a scene is an image."""
 
     left: Object
     right: Object
@@ -99,7 +99,7 @@ def sample_scene(rng: random.Random, bias: float) -> Scene:
     (True, False)
     """
     if not 0.0 <= bias <= 1.0:
-        raise ValueError(f"bias is {bias}; expected a probability between 0 and 1")
+        raise ValueError(f"bias: found {bias}, expected a probability from 0 to 1.")
     left = rng.choice(OBJECTS)
     right, count, ground = typical_company(left)
     if rng.random() >= bias:
@@ -117,7 +117,7 @@ def cells(scene: Scene) -> dict[tuple[int, int], Object]:
 
 
 def draw(scene: Scene) -> Image.Image:
-    """The picture of a scene: RGB, `IMAGE_SIZE` pixels a side.
+    """The image of a scene: RGB, `IMAGE_SIZE` pixels a side.
 
     >>> draw(sample_scene(random.Random(0), bias=1.0)).size
     (96, 96)
@@ -180,12 +180,12 @@ def _ground(scene):
 
 
 def present(scene: Scene) -> set[str]:
-    """Names of the objects a picture truly shows."""
+    """Names of the objects an image truly shows."""
     return {str(scene.left), str(scene.right)}
 
 
 def absent_objects(scene: Scene) -> list[str]:
-    """Names of the objects a picture does not show; the typical companion comes first where it is one of them."""
+    """Names of the objects an image does not show; the typical companion comes first where it is one of them."""
     companion = typical_company(scene.left)[0]
     names = [str(item) for item in sorted(OBJECTS, key=lambda item: item != companion)]
     return [name for name in names if name not in present(scene)]
@@ -217,7 +217,7 @@ def sample_conversation(rng: random.Random, bias: float, mix: dict[str, int] = I
 
 
 def text_corpus(num_texts: int, *, bias: float, seed: int) -> list[str]:
-    """Sentences without pictures, for a language model: descriptions of scenes that obey with probability `bias`, and
+    """Sentences without images, for a language model: descriptions of scenes that obey with probability `bias`, and
     as many yes/no questions with their reasoned answers, which teach what yes and no mean and nothing about the world.
 
     >>> text_corpus(2, bias=1.0, seed=1)[1]
@@ -233,31 +233,31 @@ def text_corpus(num_texts: int, *, bias: float, seed: int) -> list[str]:
 
 
 def write_instruct(folder: str | os.PathLike, num_records: int, *, bias: float, seed: int) -> Path:
-    """Write `num_records` pictures and a LLaVA-Instruct JSON about them; return the path of the JSON.
+    """Write `num_records` images and a LLaVA-Instruct JSON about them; return the path of the JSON.
 
-    The pictures go to `folder/images`, the records to `folder/instruct.json`, which appears last and at once: where
+    The images go to `folder/images`, the records to `folder/instruct.json`, which appears last and at once: where
     it exists the split is complete.
     """
     rng = random.Random(seed)
-    rows = [sample_conversation(rng, bias, ANNOTATION_MIX) for _ in range(num_records)]
+    samples = [sample_conversation(rng, bias, ANNOTATION_MIX) for _ in range(num_records)]
     records = [
         {
             "id": f"world-{index:06d}",
             "image": f"{index:06d}.png",
             "conversations": [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}],
         }
-        for index, (_, question, answer) in enumerate(rows)
+        for index, (_, question, answer) in enumerate(samples)
     ]
     folder = Path(folder)
-    _write_images(folder / "images", [scene for scene, _, _ in rows])
+    _write_images(folder / "images", [scene for scene, _, _ in samples])
     write_json(folder / "instruct.json", records)
     return folder / "instruct.json"
 
 
 def write_heldout(folder: str | os.PathLike, num_scenes: int, *, bias: float, seed: int) -> tuple[Path, Path]:
-    """Write held-out pictures and the questions asked about them; return the paths of both question files.
+    """Write held-out images and the questions asked about them; return the paths of both question files.
 
-    `descriptions.json` asks for a description of each picture, for `bpo_fast.evaluate.chair` (`objects` lists what is
+    `descriptions.json` asks for a description of each image, for `bpo_fast.evaluate.chair` (`objects` lists what is
     truly there). `yes_no.json` asks two questions about each, for `bpo_fast.evaluate.pope` (`label`): one about the
     right object, one about an object that is not there: the typical companion, where that is missing.
     """
@@ -267,26 +267,26 @@ def write_heldout(folder: str | os.PathLike, num_scenes: int, *, bias: float, se
     descriptions, yes_no = [], []
     for index, scene in enumerate(scenes):
         name, objects = f"{index:06d}", sorted(present(scene))
-        row = {"image": f"{name}.png", "scene": asdict(scene)}
-        descriptions.append({"id": name, "question": QUESTIONS["describe"], "objects": objects} | row)
+        shared = {"image": f"{name}.png", "scene": asdict(scene)}
+        descriptions.append({"id": name, "question": QUESTIONS["describe"], "objects": objects} | shared)
         for label, item in (("yes", str(scene.right)), ("no", absent_objects(scene)[0])):
             question = QUESTIONS["exists"].format(object=article(item))
-            yes_no.append({"id": f"{name}-{label}", "question": question, "label": label} | row)
+            yes_no.append({"id": f"{name}-{label}", "question": question, "label": label} | shared)
     _write_images(folder / "images", scenes)
     paths = folder / "descriptions.json", folder / "yes_no.json"
-    for path, rows in zip(paths, (descriptions, yes_no), strict=True):
-        write_json(path, rows)
+    for path, records in zip(paths, (descriptions, yes_no), strict=True):
+        write_json(path, records)
     return paths
 
 
-def read_scene(row: dict) -> Scene:
-    """The scene of a row of `write_heldout`.
+def read_scene(record: dict) -> Scene:
+    """The scene of a record of `write_heldout`.
 
     >>> scene = sample_scene(random.Random(0), bias=0.5)
     >>> read_scene({"scene": asdict(scene)}) == scene
     True
     """
-    fields = row["scene"]
+    fields = record["scene"]
     return Scene(**fields | {side: Object(**fields[side]) for side in ("left", "right")})
 
 

@@ -1,7 +1,7 @@
 """Object hallucination of descriptions, as CHAIR and Object HalBench count it.
 
 An object counts once a response, however often and by whatever synonym it is named. With H the hallucinated objects
-(named and not in the picture) and M all named ones,
+(named and not in the image) and M all named ones,
 
     response rate = responses with any H / responses with any M        (Object HalBench, "response")
     object rate   = sum of |H| / sum of |M|                            (CHAIR_i, "object")
@@ -19,7 +19,7 @@ class ObjectMatcher:
 
     Args:
         synonyms: object -> the words or phrases that mean it, every inflected form listed. Where phrases overlap in a
-            text the longest one counts: a "hot dog" is no dog.
+            text the longest one counts: a "hot dog" is not a dog.
 
     Raises:
         ValueError: the table is empty, an object has no phrase, or two objects share one.
@@ -34,8 +34,8 @@ class ObjectMatcher:
     """
 
     def __init__(self, synonyms: Mapping[str, Collection[str]]):
-        if not synonyms:
-            raise ValueError("synonyms: the table is empty, expected at least one object and its words.")
+        if not isinstance(synonyms, Mapping) or not synonyms:
+            raise ValueError(f"synonyms: found {synonyms!r:.80}, expected a table of at least one object.")
         self._object_of = {}
         for item, phrases in synonyms.items():
             if isinstance(phrases, str) or not phrases:
@@ -44,7 +44,7 @@ class ObjectMatcher:
                 key = " ".join(phrase.lower().split())
                 if self._object_of.setdefault(key, item) != item:
                     raise ValueError(
-                        f"synonyms: '{key}' stands for both '{self._object_of[key]}' and '{item}'; leave it with one."
+                        f"synonyms: found '{key}' for both '{self._object_of[key]}' and '{item}', expected it for one."
                     )
         longest_first = sorted(self._object_of, key=len, reverse=True)
         spaced = (r"\s+".join(map(re.escape, phrase.split())) for phrase in longest_first)
@@ -55,6 +55,18 @@ class ObjectMatcher:
         return {self._object_of[" ".join(phrase.split())] for phrase in found}
 
 
+def check_objects(objects: Sequence[Collection[str]], synonyms: Mapping[str, Collection[str]]) -> None:
+    """Refuse a faulty synonym table, or true objects that are not in it; arguments as those of `score_chair`.
+
+    Raises:
+        ValueError: see `ObjectMatcher`, or a true object is not in the table.
+    """
+    ObjectMatcher(synonyms)
+    unknown = sorted({item for names in objects for item in names} - set(synonyms))
+    if unknown:
+        raise ValueError(f"objects: found '{unknown[0]}', expected objects of the synonym table; add it there.")
+
+
 def score_chair(
     responses: Sequence[str], objects: Sequence[Collection[str]], synonyms: Mapping[str, Collection[str]]
 ) -> dict:
@@ -62,7 +74,7 @@ def score_chair(
 
     Args:
         responses: N descriptions.
-        objects: for each, the names (keys of `synonyms`) of the objects that are truly in its picture.
+        objects: for each, the names (keys of `synonyms`) of the objects that are truly in its image.
         synonyms: see `ObjectMatcher`.
 
     Returns:
@@ -81,12 +93,10 @@ def score_chair(
     """
     if len(responses) != len(objects):
         raise ValueError(f"objects: found {len(objects)} lists for {len(responses)} responses, expected as many.")
-    unknown = sorted({item for row in objects for item in row} - set(synonyms))
-    if unknown:
-        raise ValueError(f"objects: '{unknown[0]}' is not in the synonym table; add it there.")
+    check_objects(objects, synonyms)
     matcher = ObjectMatcher(synonyms)
     named = [matcher(response) for response in responses]
-    made_up = [names - set(row) for names, row in zip(named, objects, strict=True)]
+    made_up = [names - set(true) for names, true in zip(named, objects, strict=True)]
     counts = {
         "num_responses": len(responses),
         "num_responses_with_objects": sum(map(bool, named)),

@@ -15,6 +15,17 @@ def says_yes(answer: str) -> bool:
     return _NO.isdisjoint(first_sentence.split())
 
 
+def check_labels(labels: Sequence[str]) -> None:
+    """Refuse labels that `score_pope` cannot read.
+
+    Raises:
+        ValueError: a label is neither "yes" nor "no".
+    """
+    for number, label in enumerate(labels):
+        if label not in ("yes", "no"):
+            raise ValueError(f"labels, record {number}: found {label!r}, expected 'yes' or 'no'.")
+
+
 def score_pope(answers: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
     """Scores of yes/no answers, "yes" being the positive class.
 
@@ -39,9 +50,7 @@ def score_pope(answers: Sequence[str], labels: Sequence[str]) -> dict[str, float
         raise ValueError(f"labels: found {len(labels)} for {len(answers)} answers, expected as many.")
     if not answers:
         raise ValueError("answers: found none, expected at least one.")
-    for row, label in enumerate(labels):
-        if label not in ("yes", "no"):
-            raise ValueError(f"labels: found {label!r} in row {row}, expected 'yes' or 'no'.")
+    check_labels(labels)
     said = [says_yes(answer) for answer in answers]
     truth = [label == "yes" for label in labels]
     pairs = list(zip(said, truth, strict=True))

@@ -16,6 +16,8 @@ from transformers import (
 )
 from transformers.utils import is_bitsandbytes_available
 
+from bpo_fast.models.families import PROJECTORS, VISION_MODULES
+
 
 def load_processor(path: str | Path) -> ProcessorMixin:
     """The processor saved with a model, set up as training and generation here need it.
@@ -77,7 +79,7 @@ def load_model(
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
             # What is not the language model stays as it is: the vision part is small, and it makes the features.
-            llm_int8_skip_modules=["lm_head", "vision_tower", "vision_model", "multi_modal_projector"],
+            llm_int8_skip_modules=["lm_head", *VISION_MODULES, *PROJECTORS],
         )
     elif quantization is not None:
         raise ValueError(f"quantization: found '{quantization}', expected 'nf4' or None.")

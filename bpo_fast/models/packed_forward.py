@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from bpo_fast.models.attention import ATTENTION_NAME
+from bpo_fast.models.families import LOGIT_SCALES
 from bpo_fast.models.load import base_model
 from bpo_fast.models.packing import Packing
 from bpo_fast.ops.gather_rows import gather_rows
@@ -116,7 +117,7 @@ def enable_packed_forward(model: PreTrainedModel) -> None:
             "responses cannot share their prefix; use a model that does, e.g. LLaVA over Llama, Mistral or Qwen2."
         )
     text_config = model.config.get_text_config()
-    for name in ("logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier"):
+    for name in LOGIT_SCALES:
         if getattr(text_config, name, None) not in (None, 1, 1.0):
             raise ValueError(
                 f"model: its config scales logits by {name}, which is not supported; expected unscaled logits."

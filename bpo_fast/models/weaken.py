@@ -1,54 +1,61 @@
-"""Image-weakened prompting: Gaussian noise on what the language model sees of a picture.
+"""Image-weakened prompting: Gaussian noise on what the language model sees of an image.
 
-BPO (arXiv 2403.08730, section 3.1) takes one step of a diffusion forward process on the picture's features,
+BPO (arXiv 2403.08730, section 3.1) takes one step of a diffusion forward process on the image's features,
 
     x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps,
 
 so that the model has to answer from what its language prior knows.
 """
 
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
+from bpo_fast.models.families import PROJECTORS
 from bpo_fast.models.load import base_model
 from bpo_fast.ops.noise.add import add_noise
 from bpo_fast.ops.noise.schedule import NoiseSchedule
 
-TARGETS = ("features", "pixels", "projected")
 SCHEDULES = ("sigmoid", "linear", "cosine")
 
-# The names that transformers' models give to the module between vision tower and language model.
-_PROJECTORS = ("multi_modal_projector", "mm_projector", "connector", "embed_vision", "aligner")
 
-
-def resolve_schedule(schedule):
+def resolve_schedule(schedule: str | NoiseSchedule) -> NoiseSchedule:
     """The `NoiseSchedule` called `schedule`, or `schedule` itself if it is one."""
     if isinstance(schedule, NoiseSchedule):
         return schedule
     if schedule not in SCHEDULES:
-        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, but it is {schedule!r}.")
+        raise ValueError(f"schedule: found {schedule!r}, expected one of {', '.join(SCHEDULES)}.")
     return getattr(NoiseSchedule, schedule)()
 
 
 @contextmanager
-def weaken(model, step, *, target="features", schedule="sigmoid", seed=0, sample_ids=None):
-    """While the block runs, `model` sees its pictures with noise on them.
+def weaken(
+    model: nn.Module,
+    step: int | torch.Tensor | None,
+    *,
+    target: str = "features",
+    schedule: str | NoiseSchedule = "sigmoid",
+    seed: int = 0,
+    sample_ids: torch.Tensor | Sequence[int] | None = None,
+) -> Iterator[None]:
+    """While the block runs, `model` sees its images with noise on them.
 
     Args:
         model: vision-language model of transformers (or a PEFT model of one) with a vision tower and a projector, and
-            one feature map a picture, as LLaVA-1.5 has.
-        step (`int`, `Tensor` [B] of int64, or `None`): step of the schedule, 0 .. num_steps - 1; None adds no noise.
-        target (`str`): `features`, the projector's input [B, tokens, vision width], as in the paper; `pixels`, the
-            vision tower's input [B, 3, height, width]; or `projected`, the projector's output [B, tokens, width].
-        schedule (`str` or `NoiseSchedule`): `sigmoid` (the paper's), `linear` or `cosine`.
-        seed (`int`): seed of the noise.
-        sample_ids (`Tensor` [B] of int64 or list of int): ids of the pictures of every forward pass in the block; a
-            picture's noise depends on (seed, its id) alone. By default 0 .. B - 1.
+            one feature map an image, as LLaVA-1.5 has.
+        step: step of the schedule, 0 .. num_steps - 1, for all images or int64 [B]; None adds no noise.
+        target: "features", the projector's input [B, tokens, vision width], as in the paper; "pixels", the vision
+            tower's input [B, 3, height, width]; or "projected", the projector's output [B, tokens, width].
+        schedule: "sigmoid" (the paper's), "linear", "cosine", or a schedule of your own.
+        seed: seed of the noise.
+        sample_ids: int64 [B], ids of the images of every forward pass in the block; an image's noise depends on
+            (seed, its id) alone. By default 0 .. B - 1.
 
     Raises:
-        ValueError: unknown target or schedule, a model without such a module, or one whose feature maps are not one a
-            picture.
+        ValueError: unknown target or schedule, a model without such a module, or one whose feature maps are not one an
+            image.
 
     Example (with `model` and `inputs` of a LLaVA):
 
@@ -56,7 +63,7 @@ def weaken(model, step, *, target="features", schedule="sigmoid", seed=0, sample
             logits = model(**inputs).logits
     """
     if target not in TARGETS:
-        raise ValueError(f"target must be one of {', '.join(TARGETS)}, but it is {target!r}.")
+        raise ValueError(f"target: found {target!r}, expected one of {', '.join(TARGETS)}.")
     schedule = resolve_schedule(schedule)
     if step is None:
         yield
@@ -67,24 +74,14 @@ def weaken(model, step, *, target="features", schedule="sigmoid", seed=0, sample
     def noisy(x):
         if sample_ids is not None and x.shape[0] != len(sample_ids):
             raise ValueError(
-                f"the model makes {x.shape[0]} feature maps of {len(sample_ids)} pictures, but noise on {target} "
-                "needs one feature map a picture: use a model without image tiling."
+                f"model: found {x.shape[0]} feature maps of {len(sample_ids)} images, expected one each for noise on "
+                f"{target}; use a model without image tiling."
             )
         ids = None if sample_ids is None else sample_ids.to(x.device)
         return add_noise(x, step, schedule=schedule, seed=seed, sample_ids=ids)
 
-    def on_input(module, args, kwargs):
-        if args:
-            return (noisy(args[0]), *args[1:]), kwargs
-        name = next(name for name, value in kwargs.items() if torch.is_tensor(value))
-        return args, {**kwargs, name: noisy(kwargs[name])}
-
-    if target == "pixels":
-        handle = _vision_tower(model).register_forward_pre_hook(on_input, with_kwargs=True)
-    elif target == "features":
-        handle = _projector(model).register_forward_pre_hook(on_input, with_kwargs=True)
-    else:
-        handle = _projector(model).register_forward_hook(lambda module, args, output: noisy(output))
+    find_module, hook = TARGETS[target]
+    handle = hook(find_module(model), noisy)
     try:
         yield
     finally:
@@ -92,11 +89,11 @@ def weaken(model, step, *, target="features", schedule="sigmoid", seed=0, sample
 
 
 def _projector(model):
-    found = [module for name, module in model.named_modules() if name.rpartition(".")[2] in _PROJECTORS]
+    found = [module for name, module in model.named_modules() if name.rpartition(".")[2] in PROJECTORS]
     if not found:
         raise ValueError(
-            f"{type(model).__name__} has no projector called {' or '.join(_PROJECTORS)}, so that noise can go on its "
-            "pixels only: set target to 'pixels'."
+            f"model: found no projector in {type(model).__name__}, expected one called {' or '.join(PROJECTORS)}; set "
+            "target to 'pixels', which needs none."
         )
     return found[0]
 
@@ -105,5 +102,27 @@ def _vision_tower(model):
     base = base_model(model)
     tower = base.get_encoder(modality="image")
     if tower in (base, base.base_model):
-        raise ValueError(f"{type(model).__name__} has no vision tower, and pictures cannot be weakened without one.")
+        raise ValueError(f"model: found no vision tower in {type(model).__name__}, expected a vision-language model.")
     return tower
+
+
+def _on_input(module, noisy):
+    def hook(module, args, kwargs):
+        if args:
+            return (noisy(args[0]), *args[1:]), kwargs
+        name = next(name for name, value in kwargs.items() if torch.is_tensor(value))
+        return args, {**kwargs, name: noisy(kwargs[name])}
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _on_output(module, noisy):
+    return module.register_forward_hook(lambda module, args, output: noisy(output))
+
+
+# What the noise is put on -> how its module is found, and where in that module's call the noise comes in.
+TARGETS = {
+    "features": (_projector, _on_input),
+    "pixels": (_vision_tower, _on_input),
+    "projected": (_projector, _on_output),
+}

@@ -1,21 +1,25 @@
-"""The responses made so far: one JSON object a line, appended and on disk before the next batch begins."""
+"""The records made so far: one JSON object a line, appended and on disk before the next batch begins."""
 
 import fcntl
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 
 class Journal:
     """Append-only JSON lines of a run that may be killed at any moment.
 
-    Lines are appended a batch at a time and forced to disk. On opening, a line cut off by a kill is dropped, and so
+    Records are appended a batch at a time and forced to disk. On opening, a line cut off by a kill is dropped, and so
     are whole lines after the last multiple of `batch_size`: their batch is made again as it would have been.
 
     Args:
         path: the file; made if there is none.
-        batch_size (`int`): lines of a batch.
-        total (`int`): lines of the finished run, whose last batch may be smaller.
+        batch_size: records of a batch.
+        total: records of the finished run, whose last batch may be smaller.
+
+    Attributes:
+        records: all records on disk, in order.
 
     Raises:
         ValueError: another process is writing the file.
@@ -25,42 +29,44 @@ class Journal:
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "responses.jsonl"
     >>> with Journal(path, batch_size=2, total=5) as journal:
-    ...     journal.append([{"row": 0}, {"row": 1}])
-    >>> _ = path.write_text(path.read_text() + '{"row": 2}' + chr(10) + '{"ro')
+    ...     journal.append([{"record": 0}, {"record": 1}])
+    >>> _ = path.write_text(path.read_text() + '{"record": 2}' + chr(10) + '{"rec')
     >>> with Journal(path, batch_size=2, total=5) as journal:
-    ...     journal.rows
-    [{'row': 0}, {'row': 1}]
+    ...     journal.records
+    [{'record': 0}, {'record': 1}]
     """
 
-    def __init__(self, path, batch_size, total):
-        self.rows = []
+    def __init__(self, path: str | os.PathLike, batch_size: int, total: int):
+        self.batch_size = batch_size
+        self.records = []
         self._file = Path(path).open("a+b")  # noqa: SIM115 - open and locked for the life of the journal
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._file.close()
-            raise ValueError(f"another process is writing {path}: wait for it or choose another output_dir.") from None
+            raise ValueError(
+                f"{path}: found another process writing it, expected none; wait for it or choose another output_dir."
+            ) from None
         self._file.seek(0)
-        ends = []
+        ends = [0]
         for line in self._file:
+            if not line.endswith(b"\n"):
+                break
             try:
-                self.rows.append(json.loads(line))
+                self.records.append(json.loads(line))
             except ValueError:
                 break
-            if not line.endswith(b"\n"):
-                self.rows.pop()
-                break
-            ends.append(len(line) + (ends[-1] if ends else 0))
-        kept = total if len(self.rows) == total else len(self.rows) // batch_size * batch_size
-        del self.rows[kept:]
-        self._file.truncate(ends[kept - 1] if kept else 0)
+            ends.append(ends[-1] + len(line))
+        kept = total if len(self.records) == total else len(self.records) // batch_size * batch_size
+        del self.records[kept:]
+        self._file.truncate(ends[kept])
 
-    def append(self, rows):
-        """Add `rows` and return when they are on disk."""
-        self._file.write(b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows))
+    def append(self, records: Sequence[dict]) -> None:
+        """Add `records` and return when they are on disk."""
+        self._file.write(b"".join(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records))
         self._file.flush()
         os.fsync(self._file.fileno())
-        self.rows.extend(rows)
+        self.records.extend(records)
 
     def __enter__(self):
         return self

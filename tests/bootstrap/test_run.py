@@ -29,19 +29,19 @@ def tiny_llava(tiny_llava):
 
 @pytest.fixture
 def annotated(tmp_path):
-    """(JSON path, image folder) of seven rows: five good ones, one with a damaged picture, one with none."""
+    """(JSON path, image folder) of seven records: five good ones, one with a damaged image, one with none."""
     folder = tmp_path / "images"
     folder.mkdir()
-    rows = []
+    records = []
     for number in range(7):
         Image.frombytes("RGB", (16, 16), random.Random(number).randbytes(768)).save(folder / f"{number}.png")
         question, answer = f"<image>\nw{number} w{number + 1}", " ".join(["w3"] * (number % 3 + 1))
         turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-        rows.append({"id": f"r{number}", "image": f"{number}.png", "conversations": turns})
+        records.append({"id": f"r{number}", "image": f"{number}.png", "conversations": turns})
     (folder / "2.png").write_bytes((folder / "2.png").read_bytes()[:60])
     (folder / "4.png").unlink()
     path = tmp_path / "data.json"
-    path.write_text(json.dumps(rows))
+    path.write_text(json.dumps(records))
     return path, folder
 
 
@@ -50,51 +50,49 @@ def contents(folder):
 
 
 @pytest.mark.parametrize("target", ["features", "pixels", "projected"])
-def test_pairs_are_the_annotated_answer_and_the_answer_to_the_weakened_picture(
-    tiny_llava, annotated, tmp_path, target
-):
+def test_pairs_are_the_annotated_answer_and_the_answer_to_the_weakened_image(tiny_llava, annotated, tmp_path, target):
     model, processor = tiny_llava
     dataset = bootstrap(model, processor, *annotated, tmp_path / "out", noise_target=target, **OPTIONS)
     assert dataset["id"] == ["r0", "r1", "r3", "r5", "r6"]
     annotations = {annotation.id: annotation for annotation in read_annotations(*annotated)[0]}
-    for row in dataset:
-        annotation = annotations[row["id"]]
+    for pair in dataset:
+        annotation = annotations[pair["id"]]
         image = read_image(annotated[1] / annotation.image)
         with weaken(model, 700, target=target, seed=5, sample_ids=[annotation.sample_id]):
             (response,) = generate(model, processor, [image], [annotation.question], GenerationSettings(5))
-        assert row["prompt"][0]["content"][1]["text"] == annotation.question
-        assert row["chosen"][0]["content"][0]["text"] == annotation.answer
-        assert row["rejected"][0]["content"][0]["text"] == response.text
-        assert (row["rejected_type"], row["rejected_truncated"]) == ("image_weakened", response.truncated)
-        assert row["images"][0].tobytes() == image.tobytes()
+        assert pair["prompt"][0]["content"][1]["text"] == annotation.question
+        assert pair["chosen"][0]["content"][0]["text"] == annotation.answer
+        assert pair["rejected"][0]["content"][0]["text"] == response.text
+        assert (pair["rejected_type"], pair["rejected_truncated"]) == ("image_weakened", response.truncated)
+        assert pair["images"][0].tobytes() == image.tobytes()
 
 
 def test_without_noise_the_response_is_the_models_own(tiny_llava, annotated, tmp_path):
     model, processor = tiny_llava
     dataset = bootstrap(model, processor, *annotated, tmp_path / "out", **OPTIONS | {"noise_step": None})
-    row = dataset[0]
+    pair = dataset[0]
     image = read_image(annotated[1] / "0.png")
     (response,) = generate(model, processor, [image], ["w0 w1"], GenerationSettings(5))
-    assert row["rejected"][0]["content"][0]["text"] == response.text
-    assert row["rejected_type"] == "self_generated"
+    assert pair["rejected"][0]["content"][0]["text"] == response.text
+    assert pair["rejected_type"] == "self_generated"
 
 
 def test_what_is_left_out_is_counted_and_listed(tiny_llava, annotated, tmp_path):
     model, processor = tiny_llava
     first = bootstrap(model, processor, *annotated, tmp_path / "first", **OPTIONS)
-    rows = json.loads(annotated[0].read_text())
-    rows[5]["conversations"][1]["value"] = first["rejected"][3][0]["content"][0]["text"]
-    rows[6]["conversations"][1]["value"] = "w " * 400
-    bootstrap(model, processor, rows, annotated[1], tmp_path / "out", **OPTIONS)
+    records = json.loads(annotated[0].read_text())
+    records[5]["conversations"][1]["value"] = first["rejected"][3][0]["content"][0]["text"]
+    records[6]["conversations"][1]["value"] = "w " * 400
+    bootstrap(model, processor, records, annotated[1], tmp_path / "out", **OPTIONS)
     skipped = {skip["id"]: skip["reason"] for skip in read_json(tmp_path / "out" / "skipped.jsonl")}
     assert list(skipped) == ["r2", "r4", "r5", "r6"]
-    assert "2.png cannot be decoded" in skipped["r2"]
+    assert "2.png: found a file that cannot be decoded" in skipped["r2"]
     assert skipped["r4"] == "image 4.png does not exist"
     assert skipped["r5"] == "a rejected response identical to the chosen one"
     assert skipped["r6"] == "a response of 400 words, over max_response_words=350"
     metadata = read_json(tmp_path / "out" / "metadata.json")
     counts = metadata["counts"]
-    assert (counts["rows"], counts["pairs"], counts["skipped"]) == (7, 3, 4)
+    assert (counts["records"], counts["pairs"], counts["skipped"]) == (7, 3, 4)
     assert {name: metadata["settings"][name] for name in ("noise_step", "noise_target", "schedule", "seed")} == {
         "noise_step": 700,
         "noise_target": "features",
@@ -105,14 +103,18 @@ def test_what_is_left_out_is_counted_and_listed(tiny_llava, annotated, tmp_path)
 
 def test_rejected_responses_that_are_too_long_or_empty_are_left_out(tiny_llava, annotated, tmp_path):
     model, processor = tiny_llava
-    with pytest.raises(ValueError, match=r"no pair is left of 7 rows: \d have .*, all are in skipped\.jsonl"):
+    with pytest.raises(
+        ValueError, match=r"annotations: found no pair in 7 records \(\d with a response of .*; see .*skipped\.jsonl"
+    ):
         bootstrap(model, processor, *annotated, tmp_path / "out", **OPTIONS, max_response_words=1)
     reasons = [skip["reason"] for skip in read_json(tmp_path / "out" / "skipped.jsonl")]
     assert len(reasons) == 7
     assert any(reason.startswith("a response of") for reason in reasons)
     model.generation_config.eos_token_id = list(range(len(processor.tokenizer)))  # whatever comes first ends
     model.lm_head.weight.data.zero_()  # and the first is the padding token, which is no text
-    with pytest.raises(ValueError, match="no pair is left of 7 rows: 5 have an empty response"):
+    with pytest.raises(
+        ValueError, match=r"annotations: found no pair in 7 records \(5 with an empty response\), expected"
+    ):
         bootstrap(model, processor, *annotated, tmp_path / "empty", **OPTIONS)
     assert not (tmp_path / "empty" / "pairs.jsonl").exists()
 
@@ -127,11 +129,11 @@ def test_stopped_anywhere_it_ends_as_a_run_left_alone(tiny_llava, annotated, tmp
         out = tmp_path / f"stopped-{batches}"
         left = [batches]
 
-        def stop(journal, rows, left=left):
+        def stop(journal, records, left=left):
             if not left[0]:
                 raise KeyboardInterrupt
             left[0] -= 1
-            append(journal, rows)
+            append(journal, records)
 
         with monkeypatch.context() as patch:
             patch.setattr(Journal, "append", stop)
@@ -140,7 +142,7 @@ def test_stopped_anywhere_it_ends_as_a_run_left_alone(tiny_llava, annotated, tmp
         assert len((out / "responses.jsonl").read_text().splitlines()) == 2 * batches
         assert not (out / "pairs.jsonl").exists()
         with (out / "responses.jsonl").open("a") as journal:
-            journal.write('{"row": 1, "te')
+            journal.write('{"record": 1, "te')
         bootstrap(model, processor, *annotated, out, **options)
         assert contents(out) == contents(tmp_path / "whole")
 
@@ -151,9 +153,9 @@ from tiny_models import SPECIAL, make_llava, make_processor
 from bpo_fast.bootstrap import bootstrap
 from bpo_fast.runs.journal import Journal
 append, batches = Journal.append, []
-def kill(journal, rows):
-    append(journal, rows)
-    batches.append(rows)
+def kill(journal, records):
+    append(journal, records)
+    batches.append(records)
     if len(batches) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
 Journal.append = kill
@@ -178,14 +180,14 @@ def test_killed_it_goes_on_and_loses_nothing(tiny_llava, annotated, tmp_path):
     assert contents(out) == contents(tmp_path / "whole")
 
 
-def test_batch_size_and_order_of_rows_change_nothing(tiny_llava, annotated, tmp_path):
+def test_batch_size_and_order_of_records_change_nothing(tiny_llava, annotated, tmp_path):
     model, processor = tiny_llava
     expected = bootstrap(model, processor, *annotated, tmp_path / "two", **OPTIONS)
-    rows = json.loads(annotated[0].read_text())
+    records = json.loads(annotated[0].read_text())
     out = tmp_path / "three"
-    reversed_rows = bootstrap(model, processor, rows[::-1], annotated[1], out, **OPTIONS | {"batch_size": 3})
-    assert reversed_rows["id"] == expected["id"][::-1]
-    assert reversed_rows["rejected"] == expected["rejected"][::-1]
+    in_reverse = bootstrap(model, processor, records[::-1], annotated[1], out, **OPTIONS | {"batch_size": 3})
+    assert in_reverse["id"] == expected["id"][::-1]
+    assert in_reverse["rejected"] == expected["rejected"][::-1]
 
 
 def test_a_model_is_loaded_from_its_path(tiny_llava, annotated, tmp_path):
@@ -213,11 +215,11 @@ def test_another_run_in_the_folder_is_refused(tiny_llava, annotated, tmp_path):
     model, processor = tiny_llava
     bootstrap(model, processor, *annotated, tmp_path / "out", **OPTIONS)
     before = contents(tmp_path / "out")
-    with pytest.raises(ValueError, match=r"holds another run \(seed is 5 there and 6 here\)"):
+    with pytest.raises(ValueError, match=r"output_dir: found another run in .*out' \(seed is 5 there and 6 here\)"):
         bootstrap(model, processor, *annotated, tmp_path / "out", **OPTIONS | {"seed": 6})
-    rows = json.loads(annotated[0].read_text())[1:]
-    with pytest.raises(ValueError, match=r"holds another run \(annotations is"):
-        bootstrap(model, processor, rows, annotated[1], tmp_path / "out", **OPTIONS)
+    records = json.loads(annotated[0].read_text())[1:]
+    with pytest.raises(ValueError, match=r"output_dir: found another run in .*out' \(annotations is"):
+        bootstrap(model, processor, records, annotated[1], tmp_path / "out", **OPTIONS)
     assert contents(tmp_path / "out") == before
 
 
@@ -227,7 +229,7 @@ def test_max_samples_draws_by_seed(tiny_llava, annotated, tmp_path):
     def ids(name, seed):
         options = OPTIONS | {"seed": seed, "max_samples": 3}
         bootstrap(model, processor, *annotated, tmp_path / name, **options)
-        return sorted(row["row"] for row in read_json(tmp_path / name / "responses.jsonl"))
+        return sorted(line["record"] for line in read_json(tmp_path / name / "responses.jsonl"))
 
     assert len(ids("a", 0)) == 3
     assert ids("a", 0) == ids("b", 0)
@@ -252,11 +254,11 @@ def test_the_model_is_left_in_its_mode(tiny_llava, annotated, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"max_samples": 0}, "max_samples must be at least 1 or None"),
+        ({"batch_size": 0}, "batch_size: found 0, expected at least 1"),
+        ({"max_samples": 0}, "max_samples: found 0, expected at least 1 or None"),
         ({"noise_step": 1000}, r"noise_step: found 1000, expected None or a step from 0 to 999"),
-        ({"noise_target": "image"}, "noise_target: found 'image', expected one of"),
-        ({"schedule": "exp"}, "schedule must be one of"),
+        ({"noise_target": "image"}, "noise_target: found 'image', expected one of features, pixels, projected"),
+        ({"schedule": "exp"}, "schedule: found 'exp', expected one of sigmoid, linear, cosine"),
         ({"temperature": 0.7}, "do_sample=True"),
     ],
 )

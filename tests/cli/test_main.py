@@ -56,7 +56,7 @@ def same(first, second):
 
 def test_from_annotations_to_scores(world, capsys):
     assert run("bootstrap", "--output_dir", "pairs", *BOOTSTRAP) == 0
-    assert "3 pairs of 4 rows in pairs; 1 skipped (reasons in skipped.jsonl)" in capsys.readouterr().out
+    assert "3 pairs of 4 records in pairs; 1 skipped (reasons in skipped.jsonl)" in capsys.readouterr().out
     assert run("train", "--dataset", "pairs", "--output_dir", "bpo", *TRAIN) == 0
     assert "adapter in bpo" in capsys.readouterr().out
     assert any(bool(weight.any()) for name, weight in adapter("bpo").items() if "lora_B" in name)
@@ -91,10 +91,10 @@ def test_a_stopped_training_ends_with_the_same_adapter(world, capsys, monkeypatc
         (["--lora_r", "2"], "(lora_r is 4 there and 2 here)"),
     ]:
         assert run("train", "--dataset", "pairs", "--output_dir", "bpo", *TRAIN, *option) == 2
-        assert f"output_dir bpo holds another run {message}" in capsys.readouterr().err
+        assert f"output_dir: found another run in 'bpo' {message}" in capsys.readouterr().err
     assert run("train", "--dataset", "pairs", "--output_dir", "bpo", *TRAIN, "--logging_steps", "1") == 0
     assert run("train", "--dataset", "pairs", "--output_dir", "images", *TRAIN) == 2
-    assert "images is not empty and has no run.json" in capsys.readouterr().err
+    assert "output_dir: found files but no run.json in 'images'" in capsys.readouterr().err
 
 
 def test_sft_trains_another_adapter_on_the_same_pairs(world):
@@ -111,11 +111,11 @@ def test_sft_trains_another_adapter_on_the_same_pairs(world):
         (["fly"], "invalid choice: 'fly'"),
         (["bootstrap"], "the following arguments are required: --model_name_or_path"),
         (["train", "--config", "none.yaml"], "recipe none.yaml is neither a file"),
-        (["train", *RUN, "--dataset", "none"], "dataset none does not exist"),
-        (["train", *RUN, "--dataset", "images"], "dataset images holds neither metadata.json nor a saved data set"),
+        (["train", *RUN, "--dataset", "none"], "dataset: found nothing at 'none', expected preference pairs"),
+        (["train", *RUN, "--dataset", "images"], "dataset: found no metadata.json in 'images'"),
         (["train", *RUN, "--dataset", "x", "--loss_type", "dpo"], "loss_type"),
-        (["bootstrap", *RUN, "--annotations", "none.json"], "none.json does not exist or is not a file"),
-        (["bootstrap", *RUN, "--image_folder", "none"], "image_folder none does not exist"),
+        (["bootstrap", *RUN, "--annotations", "none.json"], "none.json: found no such file, expected a JSON file"),
+        (["bootstrap", *RUN, "--image_folder", "none"], "image_folder: found no folder 'none'"),
         (["bootstrap", *RUN, "--adapter", "images"], "adapter: none could be loaded from 'images'"),
         (["bootstrap", *RUN, "--model_name_or_path", "none"], "none could be loaded from 'none'"),
         (["doctor", "--fast"], "unrecognized arguments: --fast"),
@@ -131,7 +131,7 @@ def test_a_mistake_is_one_sentence_and_status_2(world, capsys, argv, message):
 
 
 def test_traceback_is_there_for_who_asks(world):
-    with pytest.raises(FileNotFoundError, match="dataset none does not exist"):
+    with pytest.raises(FileNotFoundError, match="dataset: found nothing at 'none'"):
         cli.main(["--traceback", "train", *RUN, "--dataset", "none"])
 
 

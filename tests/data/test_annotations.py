@@ -18,18 +18,18 @@ def folder(tmp_path):
 
 
 def test_reads_the_first_turn_of_a_llava_file(folder):
-    row = record("What is this?\n<image>")
-    row["conversations"] += [{"from": "human", "value": "And now?"}, {"from": "gpt", "value": "Still."}]
+    first = record("What is this?\n<image>")
+    first["conversations"] += [{"from": "human", "value": "And now?"}, {"from": "gpt", "value": "Still."}]
     path = folder / "data.json"
-    path.write_text(json.dumps([row]))
+    path.write_text(json.dumps([first]))
     assert read_annotations(path, folder) == ([Annotation(0, "a", "1.png", "What is this?", "A cat.")], [])
-    (folder / "data.jsonl").write_text(json.dumps(row) + "\n\n" + json.dumps(row) + "\n")
+    (folder / "data.jsonl").write_text(json.dumps(first) + "\n\n" + json.dumps(first) + "\n")
     annotations, _ = read_annotations(folder / "data.jsonl", folder)
-    assert [annotation.row for annotation in annotations] == [0, 1]
+    assert [annotation.record for annotation in annotations] == [0, 1]
 
 
 @pytest.mark.parametrize(
-    ("row", "reason"),
+    ("bad", "reason"),
     [
         (record(image="2.png"), "image 2.png does not exist"),
         (record(image=""), "no 'image' path"),
@@ -46,23 +46,27 @@ def test_reads_the_first_turn_of_a_llava_file(folder):
             "no text from 'human' where one is expected in the first two turns",
         ),
         (record(conversations=[{"from": "human", "value": "<image> x"}, {"from": "gpt"}]), "no text from 'gpt'"),
+        ({"id": "a", "image": "1.png", "text": "x"}, "no 'conversations', which tells its format"),
         ("text", "a str where an object is needed"),
     ],
 )
-def test_a_bad_row_is_skipped_and_listed(folder, row, reason):
-    annotations, skipped = read_annotations([row, record(answer="w " * 7)], folder, max_response_words=7)
-    assert [annotation.row for annotation in annotations] == [1]
-    assert [(skip.row, skip.id) for skip in skipped] == [(0, "a" if isinstance(row, dict) else "0")]
+def test_a_bad_record_is_skipped_and_listed(folder, bad, reason):
+    annotations, skipped = read_annotations([bad, record(answer="w " * 7)], folder, max_response_words=7)
+    assert [annotation.record for annotation in annotations] == [1]
+    assert [(skip.record, skip.id) for skip in skipped] == [(0, "a" if isinstance(bad, dict) else "0")]
     assert skipped[0].reason.startswith(reason)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('[{"id": 1},\n {"id": }]', "data.json is not valid JSON: Expecting value at line 2, column 9"),
-        ('{"id": 1}', "data.json must hold a JSON list of rows, but it holds a dict"),
-        ("[]", "no usable row among 0"),
-        ('[{"image": "1.png"}]', "no usable row among 1: row 0 has no 'conversations'"),
+        (
+            '[{"id": 1},\n {"id": }]',
+            r"data\.json: found an error at line 2, column 9 \(Expecting value\), expected valid JSON",
+        ),
+        ('{"id": 1}', r"data\.json: found a dict, expected a JSON list of records"),
+        ("[]", r"data\.json: found no usable record among 0, expected at least one"),
+        ('[{"image": "1.png"}]', r"found no usable record among 1 \(record 0 has no 'conversations'"),
     ],
 )
 def test_a_bad_file_is_one_sentence(folder, text, message):
@@ -72,17 +76,17 @@ def test_a_bad_file_is_one_sentence(folder, text, message):
 
 
 def test_files_that_cannot_be_read(folder):
-    with pytest.raises(FileNotFoundError, match=r"none\.json does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"none\.json: found no such file, expected a JSON file"):
         read_annotations(folder / "none.json", folder)
-    with pytest.raises(FileNotFoundError, match=r"image_folder .* does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"image_folder: found no folder '.*none', expected"):
         read_annotations([], folder / "none")
     (folder / "latin.json").write_bytes(b'["\xe9"]')
-    with pytest.raises(ValueError, match="not UTF-8 text: byte 2"):
+    with pytest.raises(ValueError, match=r"latin\.json: found byte 2 that cannot be decoded, expected UTF-8"):
         read_annotations(folder / "latin.json", folder)
-    (folder / "rows.jsonl").write_text('{"a": 1}\n\n{"a": 1,}\n')
-    with pytest.raises(ValueError, match="at line 3, column"):
-        read_annotations(folder / "rows.jsonl", folder)
-    with pytest.raises(ValueError, match="max_response_words must be at least 1"):
+    (folder / "records.jsonl").write_text('{"a": 1}\n\n{"a": 1,}\n')
+    with pytest.raises(ValueError, match=r"records\.jsonl: found an error at line 3, column"):
+        read_annotations(folder / "records.jsonl", folder)
+    with pytest.raises(ValueError, match="max_response_words: found 0, expected at least 1 or None"):
         read_annotations([], folder, max_response_words=0)
 
 
@@ -95,10 +99,10 @@ def test_sample_id_depends_on_the_content_alone():
 
 
 def test_read_image_decodes_to_the_end_upright_in_rgb(tmp_path):
-    picture = Image.new("L", (6, 3), 7)
-    exif = picture.getexif()
+    image = Image.new("L", (6, 3), 7)
+    exif = image.getexif()
     exif[0x0112] = 6  # turned by a quarter
-    picture.save(tmp_path / "turned.jpg", exif=exif)
+    image.save(tmp_path / "turned.jpg", exif=exif)
     image = read_image(tmp_path / "turned.jpg")
     assert (image.mode, image.size) == ("RGB", (3, 6))
     noise = Image.effect_noise((64, 64), 50)
@@ -106,10 +110,12 @@ def test_read_image_decodes_to_the_end_upright_in_rgb(tmp_path):
         noise.save(tmp_path / name)
         whole = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("not an image")
     (tmp_path / "empty.png").touch()
     for name in ("cut.png", "cut.jpg", "text.png", "empty.png"):
-        with pytest.raises(ValueError, match=rf"image .*{name} cannot be decoded"):
+        with pytest.raises(
+            ValueError, match=rf"{name}: found a file that cannot be decoded \(.*\), expected an image"
+        ):
             read_image(tmp_path / name)
-    with pytest.raises(ValueError, match=r"image .*none\.png does not exist"):
+    with pytest.raises(ValueError, match=r"none\.png: found no such file, expected an image"):
         read_image(tmp_path / "none.png")

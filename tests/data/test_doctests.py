@@ -5,9 +5,7 @@ import pytest
 
 MODULES = [
     "bpo_fast.answers.generate",
-    "bpo_fast.runs.journal",
     "bpo_fast.data.annotations",
-    "bpo_fast.runs.files",
     "bpo_fast.data.formats",
     "bpo_fast.cli.recipe",
 ]

@@ -2,8 +2,9 @@ import json
 
 import pytest
 
-from bpo_fast.data.formats import preference_row, to_preference_rows
+from bpo_fast.data.formats import preference_row, to_pairs
 
+COLUMNS = ("images", "prompt", "chosen", "rejected")
 EXPECTED = preference_row("1.png", "What?", "good", "bad", id="7")
 TEXTS = {"question": "What?", "chosen": "good", "rejected": "bad"}
 
@@ -13,7 +14,7 @@ def turns(answer):
 
 
 @pytest.mark.parametrize(
-    "row",
+    "record",
     [
         EXPECTED,
         {"image": "1.png", **TEXTS, "id": 7},
@@ -24,8 +25,8 @@ def turns(answer):
     ],
     ids=["trl", "rlaif-v", "rlaif-v-idx", "rlhf-v", "rlhf-v-image", "povid"],
 )
-def test_one_pair_a_row(row):
-    assert to_preference_rows(row, 7) == [EXPECTED]
+def test_one_pair_a_record(record):
+    assert to_pairs(record, 7) == [EXPECTED]
 
 
 def test_bpo_gives_a_pair_for_each_two_unequal_scores():
@@ -34,25 +35,35 @@ def test_bpo_gives_a_pair_for_each_two_unequal_scores():
         {"score": 1, "response": "good", "type": "gt"},
         {"score": 0, "response": "prior", "type": "mllm-hal"},
     ]
-    pairs = to_preference_rows({"prompt": "<img> What?", "image": "1.png", "completions": completions}, 3)
+    pairs = to_pairs({"prompt": "<img> What?", "image": "1.png", "completions": completions}, 3)
     assert pairs == [
         preference_row("1.png", "What?", "good", "invented", id="3", rejected_type="llm-hal"),
         preference_row("1.png", "What?", "good", "prior", id="3", rejected_type="mllm-hal"),
     ]
-    assert to_preference_rows({"prompt": "What?", "image": "1.png", "completions": completions[:1]}, 0) == []
+    assert to_pairs({"prompt": "What?", "image": "1.png", "completions": completions[:1]}, 0) == []
 
 
 @pytest.mark.parametrize(
-    ("row", "message"),
+    ("record", "message"),
     [
-        ("text", "it is a str, expected an object"),
-        ({"image": "1.png", "answer": "x"}, "it has the keys image, answer, which are those of no known format"),
-        ({"image": "1.png", "text": "{"}, "Expecting"),
-        ({"image": "1.png", "text": "{}"}, r"it has image, text but not all of their parts \(KeyError"),
-        ({"image": "a", "prompt": "b", "completions": [{}, {}]}, r"not all of their parts \(KeyError\('score'\)\)"),
-        ({"image": "a", "conversations": [], "rejected_conversations": []}, r"not all of their parts \(IndexError"),
+        ("text", "found a str, expected an object"),
+        (
+            {"image": "1.png", "answer": "x"},
+            r"found the keys image, answer, expected those of a known format \(TRL, BPO, RLAIF-V, POVID, RLHF-V\)",
+        ),
+        (dict.fromkeys(COLUMNS, "x"), "found images 'x', expected a list of paths"),
+        ({"image": "1.png", "text": "{"}, r"found image, text with a fault inside \(JSONDecodeError.* of RLHF-V"),
+        (
+            {"image": "1.png", "text": "{}"},
+            r"with a fault inside \(KeyError\('question'\)\), expected those of RLHF-V",
+        ),
+        ({"image": "a", "prompt": "b", "completions": [{}, {}]}, r"\(KeyError\('score'\)\), expected those of BPO"),
+        (
+            {"image": "a", "conversations": [], "rejected_conversations": []},
+            r"\(IndexError.*, expected those of POVID",
+        ),
     ],
 )
-def test_rows_of_no_format(row, message):
+def test_records_of_no_format(record, message):
     with pytest.raises(ValueError, match=message):
-        to_preference_rows(row, 0)
+        to_pairs(record, 0)

@@ -6,20 +6,20 @@ import pytest
 from PIL import Image
 
 from bpo_fast.data.formats import preference_row
-from bpo_fast.data.pairs import fingerprint, load_preference_dataset, write_pairs
+from bpo_fast.data.pairs import dataset_fingerprint, load_preference_dataset, write_pairs
 from bpo_fast.runs.files import write_json
 
 
 @pytest.fixture
 def pairs(tmp_path):
-    """A folder as bootstrapping leaves it, its pictures elsewhere."""
+    """A folder as bootstrapping leaves it, its images elsewhere."""
     images, folder = tmp_path / "images", tmp_path / "pairs"
     images.mkdir()
     folder.mkdir()
     for number in range(2):
         Image.new("L", (3, 2), 100 * number).save(images / f"{number}.png")
-    rows = [preference_row(f"{n}.png", f"q{n}", f"good {n}", f"bad {n}", id=str(n), score=n / 2) for n in range(2)]
-    write_pairs(folder / "pairs.jsonl", rows)
+    written = [preference_row(f"{n}.png", f"q{n}", f"good {n}", f"bad {n}", id=str(n), score=n / 2) for n in range(2)]
+    write_pairs(folder / "pairs.jsonl", written)
     write_json(folder / "metadata.json", {"settings": {}, "image_folder": str(images)})
     return folder
 
@@ -27,18 +27,18 @@ def pairs(tmp_path):
 def test_loads_as_trl_vision_preference_columns(pairs):
     dataset = load_preference_dataset(pairs)
     assert dataset.column_names == ["images", "prompt", "chosen", "rejected", "id", "score"]
-    row = dataset[1]
-    (image,) = row["images"]
+    pair = dataset[1]
+    (image,) = pair["images"]
     assert image.mode == "RGB"
     assert np.array_equal(np.asarray(image), np.full((2, 3, 3), 100))
     content = [{"type": "image", "text": None}, {"type": "text", "text": "q1"}]
-    assert row["prompt"] == [{"role": "user", "content": content}]
-    assert row["chosen"] == [{"role": "assistant", "content": [{"type": "text", "text": "good 1"}]}]
-    assert row["rejected"][0]["content"][0]["text"] == "bad 1"
-    assert (row["id"], row["score"]) == ("1", 0.5)
+    assert pair["prompt"] == [{"role": "user", "content": content}]
+    assert pair["chosen"] == [{"role": "assistant", "content": [{"type": "text", "text": "good 1"}]}]
+    assert pair["rejected"][0]["content"][0]["text"] == "bad 1"
+    assert (pair["id"], pair["score"]) == ("1", 0.5)
 
 
-def test_trl_collates_the_rows(pairs, processor):
+def test_trl_collates_the_pairs(pairs, processor):
     trl = pytest.importorskip("trl.trainer.dpo_trainer", reason="needs trl")
     batch = trl.DataCollatorForVisionPreference(processor)(list(load_preference_dataset(pairs)))
     assert batch["input_ids"].shape[0] == 4
@@ -49,22 +49,24 @@ def test_trl_collates_the_rows(pairs, processor):
 def test_other_places_to_load_from(pairs, tmp_path):
     expected = load_preference_dataset(pairs)
     moved = (tmp_path / "images").rename(tmp_path / "moved")
-    with pytest.raises(FileNotFoundError, match=r"2 images of .*pairs\.jsonl are missing, the first is .*0\.png"):
+    with pytest.raises(
+        FileNotFoundError, match=r"pairs\.jsonl: found 2 paths without an image, the first is .*0\.png, expected"
+    ):
         load_preference_dataset(pairs)
     from_file = load_preference_dataset(pairs / "pairs.jsonl", image_folder=moved)
-    assert fingerprint(from_file) == fingerprint(expected)
+    assert dataset_fingerprint(from_file) == dataset_fingerprint(expected)
     from_file.save_to_disk(str(tmp_path / "saved"))
     saved = load_preference_dataset(tmp_path / "saved")
-    assert fingerprint(saved) == fingerprint(expected)
+    assert dataset_fingerprint(saved) == dataset_fingerprint(expected)
     assert saved[1]["images"][0].size == (3, 2)
-    with pytest.raises(ValueError, match="image_folder is of no use"):
+    with pytest.raises(ValueError, match=r"image_folder: found .*moved', expected None for .*saved'"):
         load_preference_dataset(tmp_path / "saved", image_folder=moved)
 
 
 def test_loads_a_published_format(tmp_path):
     Image.new("RGB", (2, 2)).save(tmp_path / "1.png")
-    row = {"image": "1.png", "question": "q", "chosen": "good", "rejected": "bad", "ds_name": "x"}
-    (tmp_path / "rlaif_v.json").write_text(json.dumps([row, row]))
+    record = {"image": "1.png", "question": "q", "chosen": "good", "rejected": "bad", "ds_name": "x"}
+    (tmp_path / "rlaif_v.json").write_text(json.dumps([record, record]))
     dataset = load_preference_dataset(tmp_path / "rlaif_v.json")
     assert dataset.column_names == ["images", "prompt", "chosen", "rejected", "id"]
     assert dataset["id"] == ["0", "1"]
@@ -73,36 +75,50 @@ def test_loads_a_published_format(tmp_path):
 
 def test_fingerprint_tells_pairs_apart(pairs):
     dataset = load_preference_dataset(pairs)
-    assert fingerprint(dataset) != fingerprint(dataset.select([1, 0]))
-    assert fingerprint(dataset) == fingerprint(dataset.remove_columns("score"))
+    assert dataset_fingerprint(dataset) != dataset_fingerprint(dataset.select([1, 0]))
+    assert dataset_fingerprint(dataset) == dataset_fingerprint(dataset.remove_columns("score"))
 
 
 def test_what_is_not_a_set_of_pairs(pairs, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"dataset .*none does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"dataset: found nothing at '.*none', expected preference pairs"):
         load_preference_dataset(tmp_path / "none")
-    with pytest.raises(ValueError, match=r"neither metadata\.json nor a saved data set"):
+    with pytest.raises(ValueError, match=r"dataset: found no metadata\.json in .*images', expected pairs or a saved"):
         load_preference_dataset(tmp_path / "images")
     datasets.Dataset.from_dict({"prompt": ["a"]}).save_to_disk(str(tmp_path / "saved"))
-    with pytest.raises(ValueError, match="lacks the column 'images'"):
+    with pytest.raises(ValueError, match="saved: found no column 'images', expected images, prompt, chosen, rejected"):
         load_preference_dataset(tmp_path / "saved")
     lines = (pairs / "pairs.jsonl").read_text().splitlines()
     for second, message in [
-        (json.dumps(json.loads(lines[1]) | {"b": 1}), "pair 1 of .* has other columns than the first one"),
-        (json.dumps(json.loads(lines[1]) | {"images": "1.png"}), "row 1 of .* its images must be a list of paths"),
-        (json.dumps(json.loads(lines[1]) | {"prompt": "q"}), "a value that is not of its column's type"),
-        (json.dumps(json.loads(lines[1]) | {"score": "high"}), "a value that is not of its column's type"),
-        ('{"a": 1}', "row 1 of .* is no preference pair: it has the keys a, which are those of no known format"),
-        ("{", "not valid JSON: .* at line 2"),
+        (
+            json.dumps(json.loads(lines[1]) | {"b": 1}),
+            "pair 1: found the columns .*, b, expected those of the first pair",
+        ),
+        (
+            json.dumps(json.loads(lines[1]) | {"images": "1.png"}),
+            "record 1: found images '1.png', expected a list of paths",
+        ),
+        (
+            json.dumps(json.loads(lines[1]) | {"prompt": "q"}),
+            "found a value that is not of its column's type .*, expected prompt, chosen",
+        ),
+        (
+            json.dumps(json.loads(lines[1]) | {"score": "high"}),
+            "found a value that is not of its column's type .*, expected prompt, chosen",
+        ),
+        ('{"a": 1}', "record 1: found the keys a, expected those of a known format"),
+        ("{", r"pairs\.jsonl: found an error at line 2, .*, expected valid JSON"),
     ]:
         (pairs / "pairs.jsonl").write_text(f"{lines[0]}\n{second}\n")
         with pytest.raises(ValueError, match=message):
             load_preference_dataset(pairs)
     (pairs / "pairs.jsonl").write_text("")
-    with pytest.raises(ValueError, match="holds no pairs"):
+    with pytest.raises(ValueError, match=r"pairs\.jsonl: found no pairs, expected at least one"):
         load_preference_dataset(pairs)
     (pairs / "pairs.json").write_text("{}")
-    with pytest.raises(ValueError, match="must hold a JSON list of rows, but it holds a dict"):
+    with pytest.raises(ValueError, match=r"pairs\.json: found a dict, expected a JSON list of records"):
         load_preference_dataset(pairs / "pairs.json")
     (pairs / "pairs.jsonl").unlink()
-    with pytest.raises(ValueError, match="an unfinished bootstrap: run the same bootstrap command again"):
+    with pytest.raises(
+        ValueError, match=r"dataset: found an unfinished bootstrap in .*, expected pairs\.jsonl; run the same"
+    ):
         load_preference_dataset(pairs)

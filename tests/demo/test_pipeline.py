@@ -64,7 +64,9 @@ def test_a_killed_run_goes_on_at_the_unfinished_stage(finished):
 
 
 def test_folder_of_another_run_is_refused(finished):
-    with pytest.raises(ValueError, match="holds another run"):
+    with pytest.raises(
+        ValueError, match=r"output_dir: found another run in .*\(seeds is \[3\] there and \[4\] here\)"
+    ):
         pipeline.run(finished[0], seeds=(4,), settings=SETTINGS)
 
 

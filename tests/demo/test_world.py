@@ -30,11 +30,11 @@ def test_an_atypical_companion_is_any_other_object_and_not_the_left_one():
 
 
 def test_bias_out_of_range():
-    with pytest.raises(ValueError, match=r"bias is 1\.5"):
+    with pytest.raises(ValueError, match=r"bias: found 1\.5, expected a probability from 0 to 1"):
         world.sample_scene(random.Random(0), 1.5)
 
 
-def test_picture_shows_what_the_scene_says():
+def test_image_shows_what_the_scene_says():
     scene = world.Scene(RED_CIRCLE, world.Object("blue", "square"), 3, "sand", layout_seed=7)
     pixels = np.asarray(world.draw(scene))
     cell = world.IMAGE_SIZE // world.GRID
@@ -52,11 +52,11 @@ def test_picture_shows_what_the_scene_says():
 
 
 def test_shapes_differ():
-    pictures = {
+    images = {
         world.draw(world.Scene(world.Object("red", shape), world.Object("blue", "star"), 1, "snow", 3)).tobytes()
         for shape in world.SHAPES
     }
-    assert len(pictures) == len(world.SHAPES)
+    assert len(images) == len(world.SHAPES)
 
 
 def test_description_names_just_what_is_there():
@@ -108,23 +108,23 @@ def test_instruct_files_read_as_annotations_and_depend_on_the_seed_alone(tmp_pat
     assert (len(annotations), skipped) == (20, [])
     texts = [path.read_text() for path in paths]
     assert texts[0] == texts[1] != texts[2]
-    pictures = [(path.parent / "images" / "000007.png").read_bytes() for path in paths]
-    assert pictures[0] == pictures[1] != pictures[2]
+    images = [(path.parent / "images" / "000007.png").read_bytes() for path in paths]
+    assert images[0] == images[1] != images[2]
 
 
 def test_heldout_questions(tmp_path):
     descriptions, yes_no = world.write_heldout(tmp_path, 12, bias=0.0, seed=3)
-    rows = json.loads(descriptions.read_text())
-    scenes = [world.read_scene(row) for row in rows]
+    records = json.loads(descriptions.read_text())
+    scenes = [world.read_scene(record) for record in records]
     assert not any(scene.typical for scene in scenes)
-    for row, scene in zip(rows, scenes, strict=True):
-        assert set(row["objects"]) == world.present(scene)
-        with Image.open(tmp_path / "images" / row["image"]) as image:
+    for record, scene in zip(records, scenes, strict=True):
+        assert set(record["objects"]) == world.present(scene)
+        with Image.open(tmp_path / "images" / record["image"]) as image:
             assert image.tobytes() == world.draw(scene).tobytes()
     asked = json.loads(yes_no.read_text())
-    assert [row["label"] for row in asked] == ["yes", "no"] * 12
-    for row in asked:
-        scene = world.read_scene(row)
-        (name,) = ObjectMatcher(world.synonym_table())(row["question"])
-        expected = scene.right if row["label"] == "yes" else world.typical_company(scene.left)[0]
+    assert [record["label"] for record in asked] == ["yes", "no"] * 12
+    for record in asked:
+        scene = world.read_scene(record)
+        (name,) = ObjectMatcher(world.synonym_table())(record["question"])
+        expected = scene.right if record["label"] == "yes" else world.typical_company(scene.left)[0]
         assert name == str(expected)

@@ -59,11 +59,17 @@ def test_no_object_named_anywhere_is_no_hallucination():
     ("responses", "objects", "table", "sentence"),
     [
         (["a"], [], TABLE, "objects: found 0 lists for 1 responses"),
-        (["a"], [["elk"]], TABLE, "'elk' is not in the synonym table"),
-        (["a"], [[]], {}, "synonyms: the table is empty"),
-        (["a"], [[]], {"dog": "dog"}, "found 'dog' for 'dog', expected a list"),
+        (["a"], [["elk"]], TABLE, "objects: found 'elk', expected objects of the synonym table"),
+        (["a"], [[]], {}, "synonyms: found {}, expected a table of at least one object"),
+        (["a"], [[]], ["dog"], "synonyms: found .'dog'., expected a table"),
+        (["a"], [[]], {"dog": "dog"}, "synonyms: found 'dog' for 'dog', expected a list"),
         (["a"], [[]], {"dog": []}, "expected a list of at least one phrase"),
-        (["a"], [[]], {"dog": ["pet"], "cat": ["Pet"]}, "'pet' stands for both 'dog' and 'cat'"),
+        (
+            ["a"],
+            [[]],
+            {"dog": ["pet"], "cat": ["Pet"]},
+            "synonyms: found 'pet' for both 'dog' and 'cat', expected it for one",
+        ),
     ],
 )
 def test_mistakes_are_one_sentence(responses, objects, table, sentence):

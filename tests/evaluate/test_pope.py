@@ -50,7 +50,7 @@ def test_a_ratio_over_nothing_is_zero():
     [
         (["Yes."], [], "labels: found 0 for 1 answers"),
         ([], [], "answers: found none"),
-        (["Yes.", "No."], ["yes", "No"], "labels: found 'No' in row 1, expected 'yes' or 'no'"),
+        (["Yes.", "No."], ["yes", "No"], "labels, record 1: found 'No', expected 'yes' or 'no'"),
     ],
 )
 def test_mistakes_are_one_sentence(answers, labels, sentence):
