@@ -83,15 +83,15 @@ MUTATIONS = [
     Mutation(
         "a result that changes with the chunk (mean over each)",
         "bpo_fast/ops/head_sweep.py",
-        "rows[chunk] = times_head(gradient, weight)",
-        "rows[chunk] = times_head(gradient, weight) / len(gradient)",
+        "rows[chunk] = times_head(gradient, head.weight)",
+        "rows[chunk] = times_head(gradient, head.weight) / len(gradient)",
         "tests/ops/test_linear_token_logps.py::test_the_chunk_changes_nothing_beyond_rounding",
     ),
     Mutation(
         "the loss stuck at ln 2",
         "bpo_fast/ops/head_sweep.py",
-        "grads[0] = (grad[:, None] * rows).to(ctx.hidden_dtype)",
-        "grads[0] = torch.zeros_like(rows, dtype=ctx.hidden_dtype)",
+        'grads["hidden"] = (grad[:, None] * rows).to(ctx.hidden_dtype)',
+        'grads["hidden"] = torch.zeros_like(rows, dtype=ctx.hidden_dtype)',
         "tests/losses/test_dpo.py::test_loss_leaves_ln_2_when_trained",
     ),
     Mutation(

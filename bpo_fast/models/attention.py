@@ -1,4 +1,4 @@
-"""Attention over packed rows whose branches share a prefix, registered with transformers as `bpo_fast_packed`.
+"""Attention over packed sequences whose branches share a prefix, registered with transformers as `bpo_fast_packed`.
 
 The model's own modules call it through transformers' attention interface; the `Packing` reaches it as the keyword
 argument `packing`. Without one (generation, an unpacked forward) it is transformers' SDPA attention, so a model can
@@ -81,7 +81,7 @@ def _sdpa_segments(query, key, value, packing, scaling):
     """query [1, heads, S, D], key and value [1, kv_heads, S, D] -> [1, heads, S, D], segment by segment.
 
     The keys are cut by `split`, whose backward is one concatenation; each slice would write a gradient of the whole
-    row.
+    sequence.
     """
     pieces = [n for p, b in zip(packing.prefix_lengths, packing.branch_lengths, strict=True) for n in (p, *b)]
     keys, values = key.split(pieces, dim=2), value.split(pieces, dim=2)
@@ -113,7 +113,7 @@ def _sdpa_segments(query, key, value, packing, scaling):
 def packed_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing, *, scaling: float | None = None
 ) -> torch.Tensor:
-    """Causal attention of one packed row: every branch sees its prefix and itself.
+    """Causal attention of one packed sequence: every branch sees its prefix and itself.
 
     Args:
         query: [1, heads, S, D].
@@ -125,7 +125,7 @@ def packed_attention(
         [1, S, heads, D], as transformers' attention functions give it.
 
     Raises:
-        ValueError: the batch is not one row, or S is not the packing's.
+        ValueError: the batch is not one sequence, or S is not the packing's.
 
     Example:
         >>> from bpo_fast.models.packing import Group, pack
@@ -133,11 +133,11 @@ def packed_attention(
         >>> packed_attention(q, q, q, pack([Group([1, 2], [[3], [4, 5]])])).shape
         torch.Size([1, 5, 2, 8])
     """
-    rows = len(packing.input_ids)
-    if query.shape[0] != 1 or query.shape[2] != rows:
+    length = len(packing.input_ids)
+    if query.shape[0] != 1 or query.shape[2] != length:
         raise ValueError(
-            f"query: found shape {tuple(query.shape)}, expected [1, heads, {rows}, D] for a packing of {rows} tokens; "
-            "pass the packed row alone, without a cache."
+            f"query: found shape {tuple(query.shape)}, expected [1, heads, {length}, D] for a packing of {length} tokens; "
+            "pass the packed sequence alone, without a cache."
         )
     backend, _ = choose_backend(query.device.type, query.dtype)
     if backend == "sdpa":

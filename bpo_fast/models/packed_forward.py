@@ -1,4 +1,4 @@
-"""Run a vision-language model on packed rows.
+"""Run a vision-language model on packed sequences.
 
 Nothing here knows a model by name: a model takes part when transformers finds its decoder (`get_decoder`), its output
 head (`get_output_embeddings`) and its image features (`get_image_features`), and when its decoder calls attention
@@ -45,7 +45,7 @@ def image_features(model: nn.Module, image_inputs: dict[str, torch.Tensor]) -> t
 
 @dataclass
 class PackedOutput(ModelOutput):
-    """Log-probs of the response tokens of a packed row.
+    """Log-probs of the response tokens of a packed sequence.
 
     Attributes:
         token_logps: fp32 [N], in the order of `packing.targets`.
@@ -66,7 +66,7 @@ def _packed_forward(
         if len(image_features) != len(image_rows):
             raise ValueError(
                 f"image_features: found {len(image_features)} rows for {len(image_rows)} image tokens in the packed "
-                "row, expected as many; the processor's patch_size, vision_feature_select_strategy and "
+                "sequence, expected as many; the processor's patch_size, vision_feature_select_strategy and "
                 "num_additional_image_tokens must be the model's."
             )
         # The id of the image token may lie outside the embedding table.
@@ -98,7 +98,8 @@ def _packed_forward(
 
 
 def enable_packed_forward(model: PreTrainedModel) -> None:
-    """Let `model(packing=..., image_features=..., image_rows=..., with_statistics=...)` score a packed row.
+    """Let `model(packing=..., image_features=..., image_rows=..., with_statistics=...)` score a
+    packed sequence.
 
     Without `packing` nothing changes. The call goes through the model's own `forward`, so that wrappers around it
     (PEFT, DistributedDataParallel, autocast) do their work.
@@ -137,11 +138,11 @@ def enable_packed_forward(model: PreTrainedModel) -> None:
 
 
 def sum_branches(token_logps: torch.Tensor, packing: Packing) -> torch.Tensor:
-    """Sequence log-probs of a packed row's branches.
+    """Sequence log-probs of a packed sequence's branches.
 
     Args:
         token_logps: fp32 [N], as the packed forward gives them.
-        packing: of that row, C branches.
+        packing: of that sequence, C branches.
 
     Returns:
         fp32 [C], the sum over each branch's tokens, in a fixed order.
