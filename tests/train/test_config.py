@@ -1,0 +1,45 @@
+"""The loss options of BPOConfig are those of LossConfig, and none is written a second time."""
+
+from dataclasses import fields
+
+import pytest
+from transformers import HfArgumentParser
+
+from bpo_fast import BPOConfig, LossConfig
+
+OPTIONS = fields(LossConfig)
+VALUES = {
+    "loss_type": (["robust", "sft"], ["robust", "sft"]),
+    "loss_weights": (["1.0", "0.5"], [1.0, 0.5]),
+    "label_smoothing": (["0.2"], 0.2),
+    "average_logps": (["true"], True),
+    "ld_alpha": (["0.5"], 0.5),
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
+def test_defaults_and_help_are_those_of_the_loss_config(option):
+    (found,) = (item for item in fields(BPOConfig) if item.name == option.name)
+    assert (found.default, found.metadata["help"]) == (option.default, option.metadata["help"])
+
+
+def test_options_reach_the_loss_by_the_command_line(tmp_path):
+    argv = [word for name, (words, _) in VALUES.items() for word in (f"--{name}", *words)]
+    (config,) = HfArgumentParser([BPOConfig]).parse_args_into_dataclasses(
+        ["--output_dir", str(tmp_path), "--use_cpu", *argv]
+    )
+    loss_config = config.loss_config()
+    assert {name: getattr(loss_config, name) for name in VALUES} == {
+        name: value for name, (_, value) in VALUES.items()
+    }
+    untouched = [option for option in OPTIONS if option.name not in VALUES]
+    assert all(getattr(loss_config, option.name) == option.default for option in untouched)
+
+
+def test_the_output_folder_is_the_first_argument_as_in_trl(tmp_path):
+    assert BPOConfig(str(tmp_path), use_cpu=True).output_dir == str(tmp_path)
+
+
+def test_losses_that_sort_a_batch_take_no_token_budget(tmp_path):
+    with pytest.raises(ValueError, match=r"^token_budget: found 9 with loss_type \['aot'\], expected None;"):
+        BPOConfig(str(tmp_path), use_cpu=True, loss_type="aot", token_budget=9)
