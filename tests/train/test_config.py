@@ -38,8 +38,3 @@ def test_options_reach_the_loss_by_the_command_line(tmp_path):
 
 def test_the_output_folder_is_the_first_argument_as_in_trl(tmp_path):
     assert BPOConfig(str(tmp_path), use_cpu=True).output_dir == str(tmp_path)
-
-
-def test_losses_that_sort_a_batch_take_no_token_budget(tmp_path):
-    with pytest.raises(ValueError, match=r"^token_budget: found 9 with loss_type \['aot'\], expected None;"):
-        BPOConfig(str(tmp_path), use_cpu=True, loss_type="aot", token_budget=9)
