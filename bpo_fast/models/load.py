@@ -28,16 +28,18 @@ def load_processor(path: str | Path) -> ProcessorMixin:
     try:
         processor = AutoProcessor.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"processor: none could be loaded from '{path}'; {_first_line(error)}") from error
+        raise ValueError(
+            f"processor: found none that loads in '{path}', expected a saved one; {_first_line(error)}"
+        ) from error
     if not isinstance(processor, ProcessorMixin):
         raise ValueError(
-            f"processor: '{path}' holds a {type(processor).__name__}, expected a processor of images and text; name a "
+            f"processor: found a {type(processor).__name__} in '{path}', expected one of images and text; name a "
             "vision-language model."
         )
     if processor.chat_template is None:
         raise ValueError(
-            f"processor: '{path}' has no chat template, which turns a conversation into the model's prompt; add a "
-            "chat_template.jinja to it."
+            f"processor: found no chat template in '{path}', expected one, which makes the model's prompt of a "
+            "conversation; add a chat_template.jinja to it."
         )
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
@@ -72,7 +74,9 @@ def load_model(
     options = {"dtype": dtype, "device_map": {"": device}, "use_safetensors": True}
     if quantization == "nf4":
         if not is_bitsandbytes_available():
-            raise ImportError("quantization: 'nf4' needs bitsandbytes; pip install 'bpo-fast[qlora]'.")
+            raise ImportError(
+                "quantization: found 'nf4' without bitsandbytes, expected it; pip install 'bpo-fast[qlora]'."
+            )
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -86,12 +90,16 @@ def load_model(
     try:
         model = AutoModelForImageTextToText.from_pretrained(path, **options)
     except (OSError, ValueError) as error:
-        raise ValueError(f"model: none could be loaded from '{path}'; {_first_line(error)}") from error
+        raise ValueError(
+            f"model: found none that loads in '{path}', expected a saved one; {_first_line(error)}"
+        ) from error
     if adapter is not None:
         try:
             model = PeftModel.from_pretrained(model, adapter)
         except (OSError, ValueError) as error:
-            raise ValueError(f"adapter: none could be loaded from '{adapter}'; {_first_line(error)}") from error
+            raise ValueError(
+                f"adapter: found none that loads in '{adapter}', expected a saved one; {_first_line(error)}"
+            ) from error
     return model.eval()
 
 

@@ -39,8 +39,8 @@ def restrict_to_decoder(peft_config: LoraConfig, model: PreTrainedModel) -> Lora
     pattern = rf"{prefix}(.*\.)?({'|'.join(map(re.escape, names))})"
     if not any(re.fullmatch(pattern, name) for name, _ in model.named_modules()):
         raise ValueError(
-            f"target_modules: {names} match no module of the language model ({type(decoder).__name__}); name its "
-            "linears, e.g. 'q_proj'."
+            f"target_modules: found {names}, expected names of modules in the language model "
+            f"({type(decoder).__name__}); name its linears, e.g. 'q_proj'."
         )
     restricted = copy.deepcopy(peft_config)
     restricted.target_modules = pattern
@@ -71,7 +71,7 @@ def with_fresh_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConf
         )
     if any(name.endswith("lora_B.default.weight") and bool(p.any()) for name, p in model.named_parameters()):
         raise ValueError(
-            "model: its adapter is trained already, expected a fresh one, since the reference is the model with the "
-            "adapter disabled; merge it first with model.merge_and_unload() and pass a peft_config."
+            "model: found an adapter that is trained already, expected a fresh one, since the reference is the model "
+            "with the adapter disabled; merge it first with model.merge_and_unload() and pass a peft_config."
         )
     return model

@@ -114,15 +114,13 @@ def enable_packed_forward(model: PreTrainedModel) -> None:
     decoder.set_attn_implementation(ATTENTION_NAME)
     if decoder.config._attn_implementation != ATTENTION_NAME:
         raise ValueError(
-            f"model: {type(decoder).__name__} does not call attention through transformers' attention interface, so "
-            "responses cannot share their prefix; use a model that does, e.g. LLaVA over Llama, Mistral or Qwen2."
+            f"model: found {type(decoder).__name__}, expected a decoder that calls attention through transformers' "
+            "attention interface, by which responses share their prefix; use e.g. LLaVA over Llama, Mistral or Qwen2."
         )
     text_config = model.config.get_text_config()
     for name in LOGIT_SCALES:
         if getattr(text_config, name, None) not in (None, 1, 1.0):
-            raise ValueError(
-                f"model: its config scales logits by {name}, which is not supported; expected unscaled logits."
-            )
+            raise ValueError(f"model: found logits scaled by its config's {name}, expected unscaled logits.")
     if hasattr(model, "_unpacked_forward"):
         return
     model._unpacked_forward = model.forward

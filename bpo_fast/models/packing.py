@@ -214,8 +214,8 @@ def plan_sequences(lengths: Sequence[int], token_budget: int | None) -> list[lis
     for number in sorted(range(len(lengths)), key=lambda n: (-lengths[n], n)):
         if lengths[number] > token_budget:
             raise ValueError(
-                f"token_budget: group {number} has {lengths[number]} tokens, expected at most {token_budget}; raise "
-                "the budget, or lower max_length so that responses are cut."
+                f"token_budget: found {token_budget}, expected at least {lengths[number]}, the tokens of group "
+                f"{number}; raise the budget, or lower max_length so that responses are cut."
             )
         fitting = [n for n in range(len(sequences)) if room[n] >= lengths[number]]
         if fitting:

@@ -67,7 +67,7 @@ def test_plan_without_budget_is_one_row():
 
 
 def test_plan_refuses_a_group_over_the_budget():
-    with pytest.raises(ValueError, match=r"group 1 has 12 tokens, expected at most 10"):
+    with pytest.raises(ValueError, match=r"token_budget: found 10, expected at least 12, the tokens of group 1;"):
         plan_sequences([3, 12], 10)
 
 

@@ -303,7 +303,7 @@ def test_bad_arguments_are_named(tmp_path):
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             parameter.data.fill_(0.1)
-    with pytest.raises(ValueError, match="its adapter is trained already"):
+    with pytest.raises(ValueError, match="found an adapter that is trained already"):
         make(model=adapted)
 
 
