@@ -136,7 +136,7 @@ def packed_attention(
     length = len(packing.input_ids)
     if query.shape[0] != 1 or query.shape[2] != length:
         raise ValueError(
-            f"query: found shape {tuple(query.shape)}, expected [1, heads, {length}, D] for a packing of {length} tokens; "
+            f"query: found shape {tuple(query.shape)}, expected [1, heads, {length}, D], as its packing has; "
             "pass the packed sequence alone, without a cache."
         )
     backend, _ = choose_backend(query.device.type, query.dtype)

@@ -28,9 +28,7 @@ def load_processor(path: str | Path) -> ProcessorMixin:
     try:
         processor = AutoProcessor.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"processor: found none that loads in '{path}', expected a saved one; {_first_line(error)}"
-        ) from error
+        raise _not_loaded("processor", path, error) from error
     if not isinstance(processor, ProcessorMixin):
         raise ValueError(
             f"processor: found a {type(processor).__name__} in '{path}', expected one of images and text; name a "
@@ -74,9 +72,7 @@ def load_model(
     options = {"dtype": dtype, "device_map": {"": device}, "use_safetensors": True}
     if quantization == "nf4":
         if not is_bitsandbytes_available():
-            raise ImportError(
-                "quantization: found 'nf4' without bitsandbytes, expected it; pip install 'bpo-fast[qlora]'."
-            )
+            raise ImportError("quantization: found 'nf4' without bitsandbytes; pip install 'bpo-fast[qlora]'.")
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -90,21 +86,18 @@ def load_model(
     try:
         model = AutoModelForImageTextToText.from_pretrained(path, **options)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model: found none that loads in '{path}', expected a saved one; {_first_line(error)}"
-        ) from error
+        raise _not_loaded("model", path, error) from error
     if adapter is not None:
         try:
             model = PeftModel.from_pretrained(model, adapter)
         except (OSError, ValueError) as error:
-            raise ValueError(
-                f"adapter: found none that loads in '{adapter}', expected a saved one; {_first_line(error)}"
-            ) from error
+            raise _not_loaded("adapter", adapter, error) from error
     return model.eval()
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+def _not_loaded(what: str, path: str | Path, error: Exception) -> ValueError:
+    reason = str(error).strip().splitlines()[0]
+    return ValueError(f"{what}: found none that loads in '{path}', expected a saved one; {reason}")
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:

@@ -197,9 +197,7 @@ def test_a_pattern_of_targets_is_the_users_own_word():
 
 
 def test_targets_that_match_nothing_are_named():
-    with pytest.raises(
-        ValueError, match=r"target_modules: found \['query'\], expected names of modules in the language model"
-    ):
+    with pytest.raises(ValueError, match=r"target_modules: found \['query'\], expected names of modules in the"):
         restrict_to_decoder(LoraConfig(target_modules=["query"]), make_llava())
 
 
