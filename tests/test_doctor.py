@@ -1,6 +1,5 @@
 """bpo_fast.doctor: what it reports here, and what it says of machines that lack something."""
 
-import doctest
 from importlib.metadata import PackageNotFoundError, version
 
 import pytest
@@ -117,7 +116,3 @@ def test_the_cuda_half_is_required_where_torch_has_a_gpu(monkeypatch):
     for torch_sees_one, status in ((True, "broken"), (False, "missing")):
         monkeypatch.setattr(doctor, "_torch_cuda", lambda seen=torch_sees_one: seen)
         assert doctor._cuda_op().status == status
-
-
-def test_doctests():
-    assert doctest.testmod(doctor).failed == 0

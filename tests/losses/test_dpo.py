@@ -1,4 +1,3 @@
-import doctest
 import math
 
 import pytest
@@ -9,7 +8,7 @@ from hypothesis import strategies as st
 from liger_kernel.chunked_loss.dpo_loss import LigerFusedLinearDPOFunction
 from numerics import assert_within_contract, draw_targets, eager_statistics, eager_token_logps, final_logits
 
-from bpo_fast import PreferenceOutput, dpo_loss, linear_dpo_loss, losses, preference_loss
+from bpo_fast import PreferenceOutput, dpo_loss, linear_dpo_loss, preference_loss
 
 LOSS_TYPES = ["hinge", "ipo", "sigmoid"]
 
@@ -435,7 +434,3 @@ def test_errors_name_the_argument(call, error, words):
         call()
     assert words in str(caught.value)
     assert str(caught.value).count("\n") == 0
-
-
-def test_examples():
-    assert doctest.testmod(losses).failed == 0

@@ -1,6 +1,5 @@
 """The losses and their options against TRL's own lines in float64, properties, mistakes."""
 
-import doctest
 from collections import defaultdict, namedtuple
 from types import SimpleNamespace
 
@@ -14,8 +13,6 @@ from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 
 from bpo_fast import LossConfig, PreferenceOutput, dpo_loss, linear_dpo_loss, preference_loss
-from bpo_fast.losses import config as config_module
-from bpo_fast.losses import preference, table
 from bpo_fast.losses.preference import Batch, Responses, token_preference
 from bpo_fast.losses.table import F_DIVERGENCES, LOSSES, losses_that
 from bpo_fast.ops.rows import TokenStatistics
@@ -496,7 +493,3 @@ def test_mistakes_of_a_call_are_named(call, error, words):
         call()
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_examples():
-    assert sum(doctest.testmod(module).failed for module in (config_module, table, preference)) == 0

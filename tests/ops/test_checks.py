@@ -1,6 +1,5 @@
 """The checks of arguments: what they let through, and the sentence for what they do not."""
 
-import doctest
 import re
 
 import pytest
@@ -88,7 +87,3 @@ def test_checks_do_not_pin_the_shapes_of_a_compiled_graph():
     for rows, width in ((3, 4), (5, 6), (7, 2)):
         compiled(torch.zeros(rows, width), torch.zeros(rows, dtype=torch.int64))
     assert len(graphs) == 1
-
-
-def test_examples():
-    assert doctest.testmod(checks).failed == 0

@@ -1,5 +1,3 @@
-import doctest
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -345,7 +343,3 @@ def test_errors_name_the_argument(arguments, options, error, words):
         linear_token_logps(*arguments, **options)
     assert words in str(caught.value)
     assert str(caught.value).count("\n") == 0
-
-
-def test_examples():
-    assert doctest.testmod(module).failed == 0

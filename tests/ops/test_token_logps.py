@@ -1,5 +1,3 @@
-import doctest
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -269,7 +267,3 @@ def test_errors_name_the_argument(logits, targets, error, words):
 def test_transforms_that_make_no_sense(option, value):
     with pytest.raises(ValueError, match=f"^{option}: found {value}, expected a positive number"):
         token_logps(torch.zeros(2, 3), torch.tensor([0, 1]), **{option: value})
-
-
-def test_examples():
-    assert doctest.testmod(module).failed == 0

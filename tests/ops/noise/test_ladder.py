@@ -1,6 +1,5 @@
 """add_noise_ladder: each level is add_noise of that step, bit for bit; its gradient, its refusals."""
 
-import doctest
 import re
 
 import pytest
@@ -8,7 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import bpo_fast.ops.noise.ladder
 from bpo_fast import NoiseSchedule, add_noise
 from bpo_fast.ops.noise.ladder import add_noise_ladder
 
@@ -173,7 +171,3 @@ def test_overlap_with_out_is_refused():
     memory = torch.zeros(2, 3, 8)
     with pytest.raises(ValueError, match=r"^out: found memory that overlaps x, expected its own: x is read once"):
         add_noise_ladder(memory[0], [1, 2], schedule=SIGMOID, seed=0, out=memory)
-
-
-def test_doctests():
-    assert doctest.testmod(bpo_fast.ops.noise.ladder).failed == 0

@@ -1,6 +1,5 @@
 """add_noise_rows: the same bits as gather, add_noise, cast and index_copy; clean copies; its refusals."""
 
-import doctest
 import re
 
 import pytest
@@ -8,7 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import bpo_fast.ops.noise.rows
 from bpo_fast import NoiseSchedule, add_noise
 from bpo_fast.ops.noise.rows import CLEAN, add_noise_rows
 
@@ -212,7 +210,3 @@ def test_overlap_with_out_is_refused():
     memory = torch.zeros(7, 8)
     with pytest.raises(ValueError, match=r"^out: found memory that overlaps x, expected its own"):
         add_noise_rows(memory[:6].view(3, 2, 8), 10, out=memory, rows=ROWS, schedule=SIGMOID)
-
-
-def test_doctests():
-    assert doctest.testmod(bpo_fast.ops.noise.rows).failed == 0

@@ -1,12 +1,10 @@
 """NoiseSchedule against the published formulas."""
 
-import doctest
 import math
 
 import pytest
 import torch
 
-import bpo_fast.ops.noise.schedule
 from bpo_fast import NoiseSchedule
 
 SIGMOID = [  # t, abar, sqrt(abar), sqrt(1 - abar), T = 1000
@@ -99,7 +97,3 @@ def test_bad_num_steps(num_steps):
 def test_bad_alpha_bar(alpha_bar, found):
     with pytest.raises(ValueError, match=rf"^alpha_bar: found {found}, expected "):
         NoiseSchedule(alpha_bar)
-
-
-def test_doctests():
-    assert doctest.testmod(bpo_fast.ops.noise.schedule).failed == 0
