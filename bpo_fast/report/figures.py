@@ -1,87 +1,74 @@
-"""The report's figures, from `results.json`."""
+"""Charts from plain dictionaries.
 
+A chart is drawn at the size that it is shown at, `width` CSS pixels, so that its text of 9 pt and more is at least 12
+pixels high on the page.
+"""
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-NAMES = {"base": "Before", "sft": "SFT on chosen", "bpo": "BPO"}
-COLORS = {"base": "#9aa3ad", "sft": "#d99a3d", "bpo": "#2f6fb0"}
-TRUE, TYPICAL = "#2b8a57", "#c2504b"
-INK, MUTED, RULE = "#22303c", "#5b6873", "#dfe4e8"
+PIXELS_PER_INCH = 96  # CSS pixels
+_HEIGHT = 270
+_INK, _MUTED, _RULE = "#22303c", "#5b6873", "#dfe4e8"
 
 
-def _axes(figure, rows, columns, place):
-    axes = figure.add_subplot(rows, columns, place)
+def bar_chart(percentages: Mapping[str, Sequence[float]], colors: Mapping[str, str], *, width: int) -> Figure:
+    """A bar for the mean of each name's values, with a dot for each value where there are several.
+
+    Args:
+        percentages: name -> values in percent, one a run.
+        colors: name -> color.
+        width: CSS pixels.
+    """
+    axes = _axes(width)
+    means = [fmean(values) for values in percentages.values()]
+    bars = axes.bar(list(percentages), means, width=0.62, color=[colors[name] for name in percentages])
+    for place, values in enumerate(percentages.values()):
+        if len(values) > 1:
+            axes.scatter([place] * len(values), values, s=12, color=_INK, zorder=3)
+    axes.bar_label(bars, [f"{mean:.0f} %" for mean in means], padding=6, fontsize=10, color=_INK)
+    axes.set_ylim(0, 112)
+    axes.set_yticks(range(0, 101, 25))
+    return axes.figure
+
+
+def line_chart(
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    colors: Mapping[str, str],
+    *,
+    x_label: str,
+    y_label: str,
+    y_range: tuple[float, float],
+    width: int,
+) -> Figure:
+    """A line for each name.
+
+    Args:
+        lines: name -> (x values, y values).
+        colors: name -> color.
+        x_label, y_label: what the axes show, with the unit.
+        y_range: lower and upper end of the y axis, so that charts side by side can share one.
+        width: CSS pixels.
+    """
+    axes = _axes(width)
+    for name, (x, y) in lines.items():
+        axes.plot(x, y, color=colors[name], linewidth=2, marker="o", markersize=4, label=name)
+    axes.set_xlabel(x_label, color=_MUTED, fontsize=9)
+    axes.set_ylabel(y_label, color=_MUTED, fontsize=9)
+    axes.set_ylim(*y_range)
+    axes.legend(frameon=False, labelcolor="linecolor", fontsize=9)
+    return axes.figure
+
+
+def _axes(width: int) -> Axes:
+    size = (width / PIXELS_PER_INCH, _HEIGHT / PIXELS_PER_INCH)
+    axes = Figure(figsize=size, layout="constrained", facecolor="white").add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(RULE)
-    axes.tick_params(colors=MUTED, length=0, labelsize=9)
-    axes.grid(axis="y", color=RULE, linewidth=0.8)
+    axes.spines[["left", "bottom"]].set_color(_RULE)
+    axes.tick_params(colors=_MUTED, length=0, labelsize=9)
+    axes.grid(axis="y", color=_RULE, linewidth=0.8)
     axes.set_axisbelow(True)
     return axes
-
-
-def _title(axes, text):
-    axes.set_title(text, loc="left", fontsize=11, color=INK, pad=12)
-
-
-def _panels(columns):
-    return Figure(figsize=(4.4 * columns, 3.4), layout="constrained", facecolor="white")
-
-
-def scores_figure(results: dict) -> Figure:
-    """Bars of the mean over seeds, a dot for each seed, in percent."""
-    panels = (
-        ("Responses with a hallucinated object", "chair", "response_rate"),
-        ("Objects that are hallucinated", "chair", "object_rate"),
-        ("Yes/no questions answered right", "pope", "accuracy"),
-    )
-    figure = _panels(len(panels))
-    for place, (title, kind, rate) in enumerate(panels, start=1):
-        axes = _axes(figure, 1, len(panels), place)
-        means = [100 * results["mean"][method][kind][rate] for method in NAMES]
-        bars = axes.bar(list(NAMES.values()), means, width=0.62, color=[COLORS[method] for method in NAMES])
-        if len(results["seeds"]) > 1:
-            for column, method in enumerate(NAMES):
-                dots = [100 * run["scores"][method][kind][rate] for run in results["seeds"]]
-                axes.scatter([column] * len(dots), dots, s=12, color=INK, zorder=3)
-        axes.bar_label(bars, [f"{mean:.0f} %" for mean in means], padding=6, fontsize=10, color=INK)
-        axes.set_ylim(0, 112)
-        axes.set_yticks(range(0, 101, 25))
-        _title(axes, title)
-    return figure
-
-
-def logps_figure(run: dict) -> Figure:
-    """Log-probs of fixed pairs, kept out of training, against the training step."""
-    figure = _panels(2)
-    shared = None
-    for place, method in enumerate(("bpo", "sft"), start=1):
-        axes = _axes(figure, 1, 2, place)
-        history = run["logps"][method]
-        steps = [point["step"] for point in history]
-        for name, color in (("chosen", TRUE), ("rejected", TYPICAL)):
-            values = [point[name] for point in history]
-            axes.plot(steps, values, color=color, linewidth=2)
-            axes.annotate(name, (steps[-1], values[-1]), (-4, 7), textcoords="offset points", ha="right", color=color)
-        axes.set_xlabel("training step", color=MUTED, fontsize=9)
-        axes.set_ylabel("log-prob of a sequence (nats)", color=MUTED, fontsize=9)
-        _title(axes, NAMES[method])
-        shared = shared or axes
-        if axes is not shared:
-            axes.sharey(shared)
-            shared.autoscale()
-    return figure
-
-
-def likelihood_figure(likelihood: dict) -> Figure:
-    """Probability of the true and of the typical object's words against the noise step."""
-    figure = Figure(figsize=(7.2, 3.6), layout="constrained", facecolor="white")
-    axes = _axes(figure, 1, 1, 1)
-    for name, color, label in (("true", TRUE, "the object in the picture"), ("typical", TYPICAL, "the typical one")):
-        shown, *noisy = likelihood[name]
-        axes.plot(likelihood["steps"][1:], noisy, color=color, linewidth=2, marker="o", markersize=4, label=label)
-        axes.scatter([0], [shown], color=color, marker="D", s=26)
-    axes.set_xlabel("noise step on the image features (0: the picture as it is)", color=MUTED, fontsize=9)
-    axes.set_ylabel("probability of its words", color=MUTED, fontsize=9)
-    axes.set_ylim(bottom=0)
-    axes.legend(frameon=False, labelcolor=INK, fontsize=9)
-    _title(axes, "Effect of image-weakened prompting")
-    return figure

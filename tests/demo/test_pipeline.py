@@ -3,12 +3,13 @@
 import base64
 import json
 import re
-from html.parser import HTMLParser
 
 import pytest
+from reading import read_page
 
 from bpo_fast.demo import pipeline, world
 from bpo_fast.evaluate.chair import score_chair
+from bpo_fast.report.page import marked
 
 SETTINGS = pipeline.DemoSettings(
     num_annotations=24, num_heldout=6, num_probe_pairs=4, train_steps=2, batch_size=2, num_likelihood_scenes=2
@@ -25,14 +26,19 @@ def read(path):
     return json.loads(path.read_text())
 
 
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def test_results_are_those_of_the_files(finished):
     folder, results = finished
     assert read(folder / "results.json") == results
     (run,) = results["seeds"]
     questions = read(folder / "seed-3" / "heldout" / "descriptions.json")
     for method in ("base", "sft", "bpo"):
-        lines = (folder / "seed-3" / "scores" / f"{method}-chair" / "answers.jsonl").read_text().splitlines()
-        answers = [json.loads(line)["answer"] for line in lines]
+        answers = [
+            line["answer"] for line in read_jsonl(folder / "seed-3" / "scores" / f"{method}-chair" / "answers.jsonl")
+        ]
         expected = score_chair(answers, [row["objects"] for row in questions], world.synonym_table())
         assert run["scores"][method]["chair"] == expected
         assert results["mean"][method]["chair"]["response_rate"] == expected["response_rate"]
@@ -76,47 +82,31 @@ def test_seeds_are_checked(seeds, tmp_path):
         pipeline.run(tmp_path / "run", seeds=seeds)
 
 
-class Page(HTMLParser):
-    def __init__(self):
-        super().__init__()
-        self.images, self.links, self.text, self.open = [], [], [], []
-
-    def handle_starttag(self, tag, attrs):
-        attrs = dict(attrs)
-        if tag == "img":
-            assert attrs["alt"]
-            self.images.append(attrs["src"])
-        if tag in ("script", "link", "iframe"):
-            self.links.append(tag)
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text.append(data)
-
-
-def test_report_holds_its_pictures_and_the_figures(finished):
+def test_the_report_holds_its_images_and_the_rates(finished):
     folder, results = finished
     source = (folder / "report.html").read_text()
-    page = Page()
-    page.feed(source)
-    assert page.open == []
-    assert page.links == []
-    assert not re.search(r"(src|href)=\"(?!data:)", source)
-    assert len(page.images) == 3 + 6  # figures and all held-out pictures, of which there are fewer than samples
+    page = read_page(source)
+    assert not page.tags & {"script", "link", "iframe"}
+    assert not re.search(r"(src|href|srcset)=\"(?!data:)", source)
+    # Six charts, each twice, and all held-out images, of which there are fewer than samples.
+    assert len(page.images) == 2 * 6 + 6
     for image in page.images:
         assert base64.b64decode(image.removeprefix("data:image/png;base64,")).startswith(b"\x89PNG")
-    text = " ".join(page.text)
     for method in ("base", "sft", "bpo"):
-        assert f"{100 * results['mean'][method]['chair']['response_rate']:.1f} %" in text
+        scores = results["mean"][method]
+        assert f"{100 * scores['chair']['response_rate']:.0f} %" in page.text
+        assert f"{100 * scores['chair']['object_rate']:.1f} %" in page.text
+        assert f"{100 * scores['pope']['f1']:.1f} %" in page.text
 
 
-def test_hallucinated_words_are_marked_in_the_report():
-    from bpo_fast.demo.report import _marked
-
-    marked = _marked("A red star & two blue squares.", ["blue square"])
-    assert marked == "A red star &amp; two <mark>blue squares</mark>."
-    assert _marked("A red star.", []) == "A red star."
+def test_hallucinated_words_are_marked_in_the_report(finished):
+    folder, results = finished
+    source = (folder / "report.html").read_text()
+    synonyms = world.synonym_table()
+    answers = read_jsonl(folder / "seed-3" / "scores" / "base-chair" / "answers.jsonl")
+    hallucinated = results["seeds"][0]["scores"]["base"]["chair"]["hallucinated"]
+    assert any(hallucinated)
+    for answer, objects in zip(answers, hallucinated, strict=True):
+        expected = marked(answer["answer"], [word for item in objects for word in synonyms[item]])
+        assert (expected != answer["answer"]) == bool(objects)
+        assert f"<dd>{expected}</dd>" in source
