@@ -1,4 +1,4 @@
-"""What this machine has, what bpo-fast will use of it, and the one line that adds what is missing."""
+"""What this machine has, what bpo-fast will use of it, and the one line that installs what is missing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bpo_fast.ops.noise import native
 
 # Required packages that can be installed and still fail to import, as when two of them do not fit.
 _IMPORTED = ("torch", "transformers", "peft", "accelerate", "datasets")
-# Distribution, import name, what it is for, the line that adds it.
+# Distribution, import name, what it is for, the line that installs it.
 _OPTIONAL = (
     ("bitsandbytes", "bitsandbytes", "4-bit base models (QLoRA)", "pip install 'bpo-fast[qlora]'"),
     ("flash-attn", "flash_attn", "FlashAttention's own variable-length kernels", "pip install 'bpo-fast[flash]'"),
@@ -28,7 +28,7 @@ class Finding:
         name: what was looked at.
         status: "ok", "missing" (something optional) or "broken" (something required).
         detail: what was found.
-        remedy: the one line that puts it right; empty where nothing is to be done.
+        remedy: the one line that fixes it; empty where nothing has to be done.
     """
 
     name: str
@@ -60,7 +60,10 @@ def run() -> int:
         if finding.remedy:
             print(f"{'':7}  {'':<{width}}  -> {finding.remedy}")
     broken = [finding.name for finding in findings if finding.status == "broken"]
-    print(f"\nRequired and broken: {', '.join(broken)}." if broken else "\nEverything required is here.")
+    if broken:
+        print(f"\nRequired and broken: {', '.join(broken)}. Next: the lines after ->, then bpo-fast doctor again")
+    else:
+        print("\nEverything required is installed. Next: bpo-fast demo")
     return 1 if broken else 0
 
 
@@ -69,7 +72,7 @@ def _required():
     try:
         from packaging.requirements import Requirement
     except ImportError:
-        return [Finding("packaging", "broken", "not installed; versions cannot be compared", "pip install packaging")]
+        return [Finding("packaging", "broken", "found none, expected it to compare versions", "pip install packaging")]
     requirements = [Requirement(line) for line in requires("bpo-fast") or ()]
     return [_dependency(r) for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
 
@@ -79,20 +82,20 @@ def _dependency(requirement):
     try:
         found = version(name)
     except PackageNotFoundError:
-        return Finding(name, "broken", f"not installed; {requirement.specifier} is needed", remedy)
+        return Finding(name, "broken", f"found none, expected {requirement.specifier}", remedy)
     if not requirement.specifier.contains(found, prereleases=True):
-        return Finding(name, "broken", f"{found}; {requirement.specifier} is needed", remedy)
+        return Finding(name, "broken", f"found {found}, expected {requirement.specifier}", remedy)
     if name in _IMPORTED:
         try:
             importlib.import_module(name)
-        except Exception as error:  # a package can fail to import in any way, and the report must say so and go on
+        except Exception as error:  # a package can fail to import in any way; the report says so and continues
             return Finding(name, "broken", f"{found} does not import: {_first_line(error)}", remedy)
     return Finding(name, "ok", found)
 
 
 def _optional(name, module, purpose, remedy):
     if find_spec(module) is None:
-        return Finding(name, "missing", f"not installed; adds {purpose}", remedy)
+        return Finding(name, "missing", f"found none; adds {purpose}", remedy)
     try:
         return Finding(name, "ok", version(name))
     except PackageNotFoundError:
@@ -117,8 +120,8 @@ def _devices():
             return Finding(
                 "devices",
                 "missing",
-                f"{detail}, but the driver shows {seen}: this torch was built without CUDA, or for a newer driver",
-                "install the CUDA build of torch that https://pytorch.org/get-started/locally names",
+                f"{detail}, but the driver shows {seen}; this torch was built without CUDA, or for a newer driver",
+                "install the CUDA build of torch from https://pytorch.org/get-started/locally",
             )
         return Finding("devices", "ok", detail)
     names = []
@@ -149,7 +152,7 @@ def _cuda_op():
     try:
         module = native.extension()
     except ImportError:
-        return Finding(name, "missing", "the native extension is missing as a whole")
+        return Finding(name, "missing", "the whole native extension is missing")
     if module.cuda_built:
         return Finding(name, "ok", f"built for {', '.join(module.cuda_archs)}")
     status = "broken" if _torch_cuda() else "missing"
@@ -162,7 +165,7 @@ def _attention(device_type):
         from bpo_fast.models.attention import choose_backend
 
         backend, reason = choose_backend(device_type)
-    except Exception as error:  # transformers or torch broken: said above, and the report goes on
+    except Exception as error:  # transformers or torch broken: reported above
         return Finding(name, "broken", f"cannot be chosen: {_first_line(error)}")
     return Finding(name, "ok", f"{backend}: {reason}")
 

@@ -37,7 +37,7 @@ def test_this_machine(capsys):
     lines = capsys.readouterr().out
     assert version("torch") in lines
     assert f"uses {native.extension().cpu_isas()[0]}" in lines
-    assert "Everything required is here." in lines
+    assert "Everything required is installed. Next: bpo-fast demo" in lines
     for arch in native.extension().cuda_archs:
         assert arch in lines
 
@@ -63,11 +63,11 @@ def test_without_the_extension(monkeypatch, capsys):
     assert doctor.run() == 1
     lines = capsys.readouterr().out
     assert "BROKEN   noise op, CPU" in lines
-    assert "Required and broken: noise op, CPU." in lines
+    assert "Required and broken: noise op, CPU. Next: the lines after ->" in lines
 
 
 @pytest.mark.parametrize(
-    ("found", "detail"), [("2.4.0", "2.4.0; >=2.11 is needed"), (None, "not installed; >=2.11 is needed")]
+    ("found", "detail"), [("2.4.0", "found 2.4.0, expected >=2.11"), (None, "found none, expected >=2.11")]
 )
 def test_a_torch_that_is_too_old_or_missing(monkeypatch, found, detail):
     def fake_version(name):

@@ -2,22 +2,17 @@
 
 import argparse
 import json
+import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-# Every other training argument changes how a run goes, not what it ends with.
+from bpo_fast.cli.parser import Parser
+from bpo_fast.cli.quiet import quiet
+
+# With the options of the loss: what a training ends with. Every other training argument changes how it goes.
 _DECIDING_FIELDS = (
-    "loss_type",
-    "loss_weights",
-    "beta",
-    "label_smoothing",
-    "ld_alpha",
-    "f_divergence_type",
-    "f_alpha_divergence_coef",
-    "use_weighting",
-    "discopop_tau",
-    "simpo_gamma",
     "max_length",
     "disable_dropout",
     "learning_rate",
@@ -37,46 +32,55 @@ _DECIDING_FIELDS = (
 )
 
 
-def bootstrap(argv):
-    """Make preference pairs from annotated pictures."""
-    from bpo_fast.cli.recipe import BootstrapArguments, parse_arguments
+@quiet()
+def bootstrap(argv: Sequence[str]) -> None:
+    """Make preference pairs from annotated images."""
+    from bpo_fast.cli.options import BootstrapArguments
+    from bpo_fast.cli.recipe import carried_options, parse_arguments
 
-    (arguments,) = parse_arguments([BootstrapArguments], argv, command="bootstrap")
-    from bpo_fast.bootstrap import bootstrap
+    (arguments,) = parse_arguments([BootstrapArguments], argv, command="bootstrap", description=bootstrap.__doc__)
+    from bpo_fast.bootstrap import bootstrap as make_pairs
+    from bpo_fast.bootstrap.run import SKIPPED_FILE
     from bpo_fast.data.pairs import METADATA_FILE
     from bpo_fast.runs.files import read_json
 
     load_options = arguments.load_options()
     options = _without(asdict(arguments), "model_name_or_path", *load_options)
-    bootstrap(arguments.model_name_or_path, None, model_init_kwargs=load_options, **options)
+    make_pairs(arguments.model_name_or_path, None, model_init_kwargs=load_options, **options)
     counts = read_json(Path(arguments.output_dir) / METADATA_FILE)["counts"]
+    cut = counts["rejected_truncated"]
+    cut = f"; {cut:,} rejected responses were cut at max_new_tokens" if cut else ""
     print(
-        f"{counts['pairs']} pairs of {counts['records']} records in {arguments.output_dir}; {counts['skipped']} "
-        f"skipped (reasons in skipped.jsonl), {counts['rejected_truncated']} responses cut at max_new_tokens"
+        f"{counts['pairs']:,} pairs in {arguments.output_dir} ({counts['skipped']:,} records skipped, see "
+        f"{SKIPPED_FILE}{cut}).",
+        _next("train", *carried_options(argv), "--dataset", arguments.output_dir, "--output_dir", "ADAPTER"),
     )
 
 
-def train(argv):
+@quiet()
+def train(argv: Sequence[str]) -> None:
     """Train an adapter on preference pairs, or on their chosen answers with --loss_type sft."""
-    from bpo_fast.cli.recipe import TrainArguments, parse_arguments
+    from bpo_fast.cli.options import TrainArguments
+    from bpo_fast.cli.recipe import carried_options, parse_arguments
     from bpo_fast.train.checkpoints import last_complete_checkpoint
     from bpo_fast.train.config import BPOConfig
     from bpo_fast.train.trainer import BPOTrainer
 
-    arguments, config = parse_arguments([TrainArguments, BPOConfig], argv, command="train")
+    arguments, config = parse_arguments([TrainArguments, BPOConfig], argv, command="train", description=train.__doc__)
     from peft import LoraConfig
 
     from bpo_fast.data import load_preference_dataset
     from bpo_fast.data.pairs import dataset_fingerprint
+    from bpo_fast.losses.config import LOSS_OPTIONS
     from bpo_fast.models.load import load_model, load_processor
     from bpo_fast.runs.folder import claim_folder
 
     dataset = load_preference_dataset(arguments.dataset, image_folder=arguments.image_folder)
-    settings = asdict(arguments) | {name: getattr(config, name) for name in _DECIDING_FIELDS}
-    del settings["image_folder"]
-    settings["dataset"] = dataset_fingerprint(dataset)
     is_main_process = config.process_index == 0
     if is_main_process:
+        deciding = {name: getattr(config, name) for name in (*LOSS_OPTIONS, *_DECIDING_FIELDS)}
+        settings = _without(asdict(arguments), "image_folder") | deciding
+        settings["dataset"] = dataset_fingerprint(dataset)
         claim_folder(config.output_dir, settings, record="run.json")
     checkpoint = config.resume_from_checkpoint or last_complete_checkpoint(config.output_dir)
     if checkpoint and is_main_process:
@@ -97,42 +101,67 @@ def train(argv):
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     if is_main_process:
-        print(f"adapter in {config.output_dir}")
+        where = ("--questions", "QUESTIONS", "--image_folder", "IMAGES", "--output_dir", "SCORES")
+        print(
+            f"Adapter in {config.output_dir} ({len(dataset):,} pairs, {trainer.state.global_step:,} steps).",
+            _next("evaluate", *carried_options(argv), "--adapter", config.output_dir, "--kind", "pope", *where),
+        )
 
 
-def evaluate(argv):
-    """Score a model's answers about pictures."""
-    from bpo_fast.cli.recipe import EvaluateArguments, parse_arguments
+@quiet()
+def evaluate(argv: Sequence[str]) -> None:
+    """Score a model's answers about images."""
+    from bpo_fast.cli.options import EvaluateArguments
+    from bpo_fast.cli.recipe import parse_arguments
 
-    (arguments,) = parse_arguments([EvaluateArguments], argv, command="evaluate")
-    from bpo_fast.evaluate.run import evaluate
+    (arguments,) = parse_arguments([EvaluateArguments], argv, command="evaluate", description=evaluate.__doc__)
+    from bpo_fast.evaluate.run import ANSWERS_FILE, SCORES_FILE
+    from bpo_fast.evaluate.run import evaluate as score
     from bpo_fast.models.load import load_model, load_processor
 
     load_options = arguments.load_options()
     options = _without(asdict(arguments), "model_name_or_path", *load_options)
     model = load_model(arguments.model_name_or_path, adapter=arguments.adapter, **load_options)
-    scores = evaluate(model, load_processor(arguments.model_name_or_path), **options)
+    scores = score(model, load_processor(arguments.model_name_or_path), **options)
     print(json.dumps(scores, indent=2))
+    change = "without --adapter" if arguments.adapter else "with --adapter ADAPTER"
+    # Standard output holds the scores alone, for other programs to read.
+    print(
+        f"Scores in {arguments.output_dir} ({SCORES_FILE}; answers in {ANSWERS_FILE}). Next: to compare, the same "
+        f"command {change} and with another --output_dir",
+        file=sys.stderr,
+    )
 
 
-def _without(options, *names):
+def _next(*command: str) -> str:
+    return f"Next: {shlex.join(['bpo-fast', *command])}"
+
+
+def _without(options: dict, *names: str) -> dict:
     return {name: value for name, value in options.items() if name not in names}
 
 
-def demo(argv):
+@quiet()
+def demo(argv: Sequence[str]) -> None:
     """Run the whole method on a miniature world and write a report."""
-    parser = _parser("demo", demo.__doc__)
-    parser.add_argument("--output_dir", default="bpo-demo", help="Folder of the run and its report (%(default)s).")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="One run a seed (0).")
+    parser = Parser(prog="bpo-fast demo", description=demo.__doc__, allow_abbrev=False)
+    parser.add_argument(
+        "--output_dir", default="bpo-demo", help="Output folder of the run and its report (default: %(default)s)."
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="Random seeds, one run each (default: 0).")
     arguments = parser.parse_args(argv)
     from bpo_fast.demo import pipeline
 
     pipeline.run(arguments.output_dir, seeds=tuple(arguments.seeds))
+    print(
+        f"Report in {Path(arguments.output_dir, 'report.html')} (its figures in results.json). Next: open it in a "
+        "browser; for a model and images of your own, see bpo-fast bootstrap --help"
+    )
 
 
-def doctor(argv):
-    """Say what this machine has, what is missing, and the line that adds it."""
-    _parser("doctor", doctor.__doc__).parse_args(argv)
+def doctor(argv: Sequence[str]) -> int:
+    """Show what this machine has, what is missing, and the line that installs it."""
+    Parser(prog="bpo-fast doctor", description=doctor.__doc__, allow_abbrev=False).parse_args(argv)
     from bpo_fast.doctor import run
 
     return run()
@@ -141,23 +170,14 @@ def doctor(argv):
 COMMANDS = {command.__name__: command for command in (bootstrap, train, evaluate, demo, doctor)}
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ValueError(f"{message} (see {self.prog} --help).")
-
-
-def _parser(command, description):
-    return _Parser(prog=f"bpo-fast {command}", description=description, allow_abbrev=False)
-
-
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     """Run `bpo-fast`; a user's mistake is one sentence on standard error.
 
     Returns:
-        `int`: exit status, 0 when all went well, 2 for a mistake in the arguments or the data, 130 when interrupted.
+        Exit status: 0 when all went well, 2 for a mistake in the arguments or the data, 130 when interrupted.
     """
     summaries = "\n".join(f"  {name:10} {command.__doc__}" for name, command in COMMANDS.items())
-    parser = _Parser(
+    parser = Parser(
         prog="bpo-fast",
         description="Bootstrapped Preference Optimization of multimodal language models.",
         epilog=f"commands:\n{summaries}\n\nbpo-fast COMMAND --help lists the options of a command.",
@@ -172,10 +192,10 @@ def main(argv=None):
         traceback = arguments.traceback
         return COMMANDS[arguments.command](arguments.options) or 0
     except KeyboardInterrupt:
-        print("bpo-fast: interrupted; the same command goes on where this one stopped.", file=sys.stderr)
+        print("bpo-fast: interrupted; the same command resumes where this one stopped.", file=sys.stderr)
         return 130
-    # A mistake of the user, or something this machine lacks, comes as one of these, with a sentence that says what to
-    # do.
+    # A mistake of the user, or something that this machine lacks, comes as one of these, with a sentence that says
+    # what to do.
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         if traceback:
             raise

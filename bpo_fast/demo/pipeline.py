@@ -2,12 +2,13 @@
 
     bpo-fast demo --output_dir bpo-demo --seeds 0
 
-A stage's last file appears complete and at once. A run that was killed goes on at the stage it was in: bootstrap and
-evaluations in their middle, a training, which takes a minute, from its start.
+A stage's last file appears complete and at once. A run that was killed resumes at the stage it was in: bootstrap and
+evaluations at their last batch, a training, which takes a minute, at its start.
 """
 
+import os
 import random
-import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,8 +42,8 @@ class DemoSettings:
     """
 
     num_annotations: int = 1500
-    # The annotated pictures are of the world that the model's habit comes from and hold no exception to it: answers
-    # that SFT can imitate without looking. Held-out pictures are all exceptions.
+    # Annotated images are all typical, as what the model was pretrained on: answers that SFT can imitate without
+    # looking. Held-out images are all exceptions.
     annotation_bias: float = 1.0
     num_heldout: int = 200
     noise_step: int = 900
@@ -56,12 +57,18 @@ class DemoSettings:
     num_likelihood_scenes: int = 64
 
 
-def run(output_dir, *, seeds=(0,), settings: DemoSettings | None = None, model_path=CHECKPOINT) -> dict:
+def run(
+    output_dir: str | os.PathLike,
+    *,
+    seeds: Sequence[int] = (0,),
+    settings: DemoSettings | None = None,
+    model_path: str | os.PathLike = CHECKPOINT,
+) -> dict:
     """Run all stages for each seed and write `report.html` and `results.json`.
 
     Args:
-        output_dir: folder of this run alone; a killed run in it goes on.
-        seeds: one run each. A seed sets the pictures, the noise, the order of training and the adapter's first
+        output_dir: folder of this run alone; a killed run in it resumes.
+        seeds: one run each. A seed sets the images, the noise, the order of training and the adapter's first
             weights; the model that it starts from is the same.
         settings: sizes and hyper-parameters.
         model_path: the tiny LLaVA.
@@ -76,38 +83,36 @@ def run(output_dir, *, seeds=(0,), settings: DemoSettings | None = None, model_p
     if not seeds or len(set(seeds)) != len(seeds):
         raise ValueError(f"seeds: found {list(seeds)}, expected at least one and each once.")
     if find_spec("matplotlib") is None:
-        raise ImportError("the demo's report needs matplotlib; pip install 'bpo-fast[plots]'.")
+        raise ImportError("matplotlib: found none, expected it for the report; pip install 'bpo-fast[plots]'.")
     from bpo_fast.demo.report import write_report
 
     settings = settings or DemoSettings()
     output_dir = Path(output_dir)
     claim_folder(output_dir, {"seeds": list(seeds), "model": str(model_path), **asdict(settings)})
-    begin = time.perf_counter()
     num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the tiny model's products are too small to share: two threads wait more than they work
+    torch.set_num_threads(1)  # the tiny model's products are too small for two threads
     try:
         runs = [_run_seed(output_dir / f"seed-{seed}", seed, settings, model_path) for seed in seeds]
     finally:
         torch.set_num_threads(num_threads)
     results = {"settings": asdict(settings), "seeds": runs, "mean": _mean([run["scores"] for run in runs])}
     write_json(output_dir / "results.json", results)
-    report = write_report(output_dir, results)
+    write_report(output_dir, results)
     _print_summary(results)
-    print(f"report: {report} ({time.perf_counter() - begin:.0f} s)")
     return results
 
 
 def _run_seed(folder, seed, settings, model_path):
     folder.mkdir(exist_ok=True)
     processor = load_processor(model_path)
-    print(f"seed {seed}, 1/4: pictures of a miniature world")
+    print(f"seed {seed}, 1/4: images of a miniature world")
     annotations, heldout = _make_world(folder, seed, settings)
-    print(f"seed {seed}, 2/4: preference pairs from weakened pictures")
+    print(f"seed {seed}, 2/4: preference pairs from weakened images")
     pairs = _bootstrap(folder / "pairs", annotations, seed, settings, model_path, processor)
     print(f"seed {seed}, 3/4: training")
     for method in METHODS:
         _train(folder / method, method, pairs, seed, settings, model_path, processor)
-    print(f"seed {seed}, 4/4: evaluation on {settings.num_heldout} held-out pictures")
+    print(f"seed {seed}, 4/4: evaluation on {settings.num_heldout} held-out images")
     scores = {method: _evaluate(folder, method, heldout, model_path, processor) for method in ("base", *METHODS)}
     likelihood = _stage(folder / "likelihood.json", lambda: _likelihood(seed, settings, model_path, processor))
     logps = {method: read_json(folder / method / "logps.json") for method in METHODS}

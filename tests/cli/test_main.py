@@ -1,7 +1,9 @@
 import json
 import random
+import shlex
 import subprocess
 import sys
+import warnings
 from dataclasses import fields
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from safetensors.torch import load_file
 from tiny_models import SPECIAL
 
 from bpo_fast.cli import main as cli
+from bpo_fast.losses.config import LOSS_OPTIONS
 from bpo_fast.train.trainer import BPOConfig, BPOTrainer
 
 BOOTSTRAP = ["--noise_step", "700", "--max_new_tokens", "5", "--batch_size", "2"]
@@ -22,7 +25,7 @@ RUN = ["--config", "run.yaml", "--output_dir", "o"]
 
 @pytest.fixture
 def world(tiny_llava, tmp_path, monkeypatch):
-    """A folder with a saved model, pictures and annotations; commands run in it."""
+    """A folder with a saved model, images and annotations; commands run in it."""
     monkeypatch.chdir(tmp_path)
     model, processor = tiny_llava
     model.lm_head.weight.data[: len(SPECIAL)] = 0  # so that every response has words
@@ -50,21 +53,64 @@ def adapter(folder):
     return load_file(Path(folder) / "adapter_model.safetensors")
 
 
+def last_line(text):
+    return text.splitlines()[-1]
+
+
 def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_from_annotations_to_scores(world, capsys):
-    assert run("bootstrap", "--output_dir", "pairs", *BOOTSTRAP) == 0
-    assert "3 pairs of 4 records in pairs; 1 skipped (reasons in skipped.jsonl)" in capsys.readouterr().out
-    assert run("train", "--dataset", "pairs", "--output_dir", "bpo", *TRAIN) == 0
-    assert "adapter in bpo" in capsys.readouterr().out
+    assert run("bootstrap", "--output_dir", "pairs", "--dtype", "float32", *BOOTSTRAP) == 0
+    shared = "--config run.yaml --dtype float32"
+    cut = sum(json.loads(line)["rejected_truncated"] for line in Path("pairs/pairs.jsonl").read_text().splitlines())
+    assert last_line(capsys.readouterr().out) == (
+        f"3 pairs in pairs (1 records skipped, see skipped.jsonl; {cut} rejected responses were cut at "
+        f"max_new_tokens). Next: bpo-fast train {shared} --dataset pairs --output_dir ADAPTER"
+    )
+    assert run("train", "--dataset", "pairs", "--output_dir", "bpo", "--dtype=float32", *TRAIN) == 0
+    assert last_line(capsys.readouterr().out) == (
+        "Adapter in bpo (3 pairs, 4 steps). Next: bpo-fast evaluate --config run.yaml --dtype=float32 --adapter bpo "
+        "--kind pope --questions QUESTIONS --image_folder IMAGES --output_dir SCORES"
+    )
     assert any(bool(weight.any()) for name, weight in adapter("bpo").items() if "lora_B" in name)
     questions = [{"id": "a", "image": "0.png", "question": "w1", "label": "yes"}]
     Path("questions.json").write_text(json.dumps(questions))
+    options = ["--questions", "questions.json", "--kind", "pope", "--max_new_tokens", "3"]
+    for folder, adapted, other in [
+        ("scores", ["--adapter", "bpo"], "without --adapter"),
+        ("before", [], "with --adapter ADAPTER"),
+    ]:
+        assert run("evaluate", "--output_dir", folder, *options, *adapted) == 0
+        captured = capsys.readouterr()
+        assert json.loads(captured.out) == json.loads(Path(folder, "scores.json").read_text())
+        assert last_line(captured.err) == (
+            f"Scores in {folder} (scores.json; answers in answers.jsonl). Next: to compare, the same command {other} "
+            "and with another --output_dir"
+        )
+
+
+def test_no_command_shows_a_warning_or_a_bar_of_loaded_weights(world, capsys):
+    questions = [{"id": "a", "image": "0.png", "question": "w1", "label": "yes"}]
+    Path("questions.json").write_text(json.dumps(questions))
+    capsys.readouterr()
     options = ["--questions", "questions.json", "--kind", "pope", "--adapter", "bpo", "--max_new_tokens", "3"]
-    assert run("evaluate", "--output_dir", "scores", *options) == 0
-    assert json.loads(capsys.readouterr().out) == json.loads(Path("scores/scores.json").read_text())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", FutureWarning)
+        warnings.simplefilter("always", UserWarning)
+        assert run("bootstrap", "--output_dir", "pairs", *BOOTSTRAP) == 0
+        assert run("train", "--dataset", "pairs", "--output_dir", "bpo", *TRAIN, "--use_cpu", "false") == 0
+        assert run("evaluate", "--output_dir", "scores", *options) == 0
+    assert [str(warning.message) for warning in caught] == []
+    assert "Loading weights" not in capsys.readouterr().err
+
+
+def test_the_next_command_is_quoted_and_runs(world, capsys):
+    assert run("bootstrap", "--output_dir", "my pairs", *BOOTSTRAP) == 0
+    command = last_line(capsys.readouterr().out).partition("Next: bpo-fast ")[2]
+    assert cli.main([*shlex.split(command), *TRAIN]) == 0
+    assert Path("ADAPTER/adapter_model.safetensors").is_file()
 
 
 def test_a_stopped_training_ends_with_the_same_adapter(world, capsys, monkeypatch):
@@ -81,7 +127,7 @@ def test_a_stopped_training_ends_with_the_same_adapter(world, capsys, monkeypatc
         patch.setattr(BPOTrainer, "training_step", stop)
         assert run("train", "--dataset", "pairs", "--output_dir", "bpo", *TRAIN) == 130
     captured = capsys.readouterr()
-    assert "bpo-fast: interrupted; the same command goes on where this one stopped." in captured.err
+    assert "bpo-fast: interrupted; the same command resumes where this one stopped." in captured.err
     assert not Path("bpo/adapter_model.safetensors").exists()
     assert run("train", "--dataset", "pairs", "--output_dir", "bpo", *TRAIN) == 0
     assert "resuming from bpo/checkpoint-2" in capsys.readouterr().out
@@ -107,10 +153,10 @@ def test_sft_trains_another_adapter_on_the_same_pairs(world):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "the following arguments are required: COMMAND"),
-        (["fly"], "invalid choice: 'fly'"),
-        (["bootstrap"], "the following arguments are required: --model_name_or_path"),
-        (["train", "--config", "none.yaml"], "recipe none.yaml is neither a file"),
+        ([], "COMMAND: found nothing, expected a value for each; see bpo-fast --help."),
+        (["fly"], "COMMAND: found 'fly', expected one of "),
+        (["bootstrap"], "--model_name_or_path, --image_folder, --annotations, --output_dir: found nothing, expected"),
+        (["train", "--config", "none.yaml"], "--config: found no file 'none.yaml', expected a file or one of llava-1"),
         (["train", *RUN, "--dataset", "none"], "dataset: found nothing at 'none', expected preference pairs"),
         (["train", *RUN, "--dataset", "images"], "dataset: found no metadata.json in 'images'"),
         (["train", *RUN, "--dataset", "x", "--loss_type", "dpo"], "loss_type"),
@@ -118,8 +164,9 @@ def test_sft_trains_another_adapter_on_the_same_pairs(world):
         (["bootstrap", *RUN, "--image_folder", "none"], "image_folder: found no folder 'none'"),
         (["bootstrap", *RUN, "--adapter", "images"], "adapter: found none that loads in 'images'"),
         (["bootstrap", *RUN, "--model_name_or_path", "none"], "found none that loads in 'none'"),
-        (["doctor", "--fast"], "unrecognized arguments: --fast"),
-        (["demo", "--seeds", "a"], "argument --seeds: invalid int value: 'a'"),
+        (["doctor", "--fast"], "--fast: found no such option, expected one of this command's; see bpo-fast doctor "),
+        (["demo", "--seeds", "a"], "--seeds: found 'a', expected int; see bpo-fast demo --help."),
+        (["demo", "--seeds"], "--seeds: found another number of values, expected at least one argument; see"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_status_2(world, capsys, argv, message):
@@ -135,7 +182,7 @@ def test_traceback_is_there_for_who_asks(world):
         cli.main(["--traceback", "train", *RUN, "--dataset", "none"])
 
 
-def test_demo_and_doctor_are_called(monkeypatch):
+def test_demo_and_doctor_are_called(monkeypatch, capsys):
     from bpo_fast import doctor
     from bpo_fast.demo import pipeline
 
@@ -143,6 +190,10 @@ def test_demo_and_doctor_are_called(monkeypatch):
     monkeypatch.setattr(pipeline, "run", lambda output_dir, seeds: calls.append((output_dir, seeds)))
     assert cli.main(["demo", "--output_dir", "out", "--seeds", "1", "2"]) == 0
     assert calls == [("out", (1, 2))]
+    assert last_line(capsys.readouterr().out) == (
+        "Report in out/report.html (its figures in results.json). Next: open it in a browser; for a model and images "
+        "of your own, see bpo-fast bootstrap --help"
+    )
     monkeypatch.setattr(doctor, "run", lambda: 1)
     assert cli.main(["doctor"]) == 1
 
@@ -161,4 +212,4 @@ def test_help_needs_no_heavy_import():
 
 def test_the_fields_that_decide_a_run_are_fields_of_the_config():
     names = {field.name for field in fields(BPOConfig)}
-    assert set(cli._DECIDING_FIELDS) <= names
+    assert {*LOSS_OPTIONS, *cli._DECIDING_FIELDS} <= names

@@ -1,13 +1,20 @@
+import doctest
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
 
-from bpo_fast.cli.recipe import BootstrapArguments, EvaluateArguments, TrainArguments, parse_arguments
+from bpo_fast.cli import recipe as recipes
+from bpo_fast.cli.options import BootstrapArguments, EvaluateArguments, TrainArguments
+from bpo_fast.cli.recipe import parse_arguments
+from bpo_fast.evaluate.run import KINDS
+from bpo_fast.models.weaken import SCHEDULES, TARGETS
 from bpo_fast.train.trainer import BPOConfig
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 BOOTSTRAP = ["--annotations", "a.json", "--image_folder", "images", "--output_dir", "out"]
 MODEL = ["--model_name_or_path", "llava"]
+UNKNOWN = r"^--noise_stepp: found an unknown name, expected an option of 'bootstrap'; did you mean --noise_step\?$"
 
 
 @pytest.fixture
@@ -88,18 +95,32 @@ def test_null_is_none_on_either_side(recipe):
     [
         (
             "bootstrap: {noise_stop: 3}",
-            r"unknown option 'noise_stop' in section 'bootstrap' of recipe .*: did you mean noise_step\?",
+            r"recipe\.yaml, section 'bootstrap', 'noise_stop': found an unknown name, expected an option of "
+            r"'bootstrap'; did you mean noise_step\?$",
         ),
-        ("model_name: x", r"unknown key 'model_name' of recipe .*: did you mean model_name_or_path\?"),
-        ("bootsrap: {noise_step: 3}", r"unknown key 'bootsrap' of recipe .*: did you mean bootstrap\?"),
-        ("noise_step: 3", "option 'noise_step' of recipe .* stands outside a section: put it under 'bootstrap:'"),
-        ("bootstrap: 3", "section 'bootstrap' of recipe .* must map options to values, but it is 3"),
-        ("- a", "must map options to values, but it holds a list"),
-        ("a: [1\nb: 2", "is not valid YAML: .* at line 2, column"),
-        ("bootstrap: {noise_step: many}", "argument --noise_step.*: invalid int value: 'many'"),
-        ("bootstrap: {noise_step: 1.5}", r"argument --noise_step.*: invalid int value: '1\.5'"),
-        ("bootstrap: {noise_step: [1, 2]}", "unexpected argument '2'"),
-        ("bootstrap: {noise_target: image}", "argument --noise_target.*: invalid choice: 'image'"),
+        (
+            "model_name: x",
+            r"recipe\.yaml, 'model_name': found an unknown name, expected a section or an option that all commands "
+            r"share; did you mean model_name_or_path\?$",
+        ),
+        (
+            "bootsrap: {noise_step: 3}",
+            r"recipe\.yaml, 'bootsrap': found an unknown name, .*; did you mean bootstrap\?$",
+        ),
+        (
+            "noise_step: 3",
+            r"recipe\.yaml, 'noise_step': found outside a section, expected in one; put it under 'bootstrap:'\.$",
+        ),
+        ("bootstrap: 3", r"recipe\.yaml, section 'bootstrap': found 3, expected a map from options to values\.$"),
+        ("- a", r"recipe\.yaml: found a list, expected a map from options to values\.$"),
+        ("a: [1\nb: 2", r"recipe\.yaml: found .* at line 2, column \d+, expected YAML\.$"),
+        ("bootstrap: {noise_step: many}", "^--noise_step: found 'many', expected int; see bpo-fast bootstrap --help"),
+        ("bootstrap: {noise_step: 1.5}", r"^--noise_step: found '1\.5', expected int; see"),
+        ("bootstrap: {noise_step: [1, 2]}", "^bootstrap: found '2' by itself, expected options as --name value"),
+        (
+            "bootstrap: {noise_target: image}",
+            "^--noise_target: found 'image', expected one of 'features', 'pixels', 'projected'; see",
+        ),
     ],
 )
 def test_mistakes_of_a_recipe(recipe, text, message):
@@ -110,13 +131,14 @@ def test_mistakes_of_a_recipe(recipe, text, message):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--noise_stepp", "3"], r"unknown option --noise_stepp of 'bootstrap': did you mean --noise_step\?"),
-        (["--noise_stepp=3"], r"unknown option --noise_stepp of 'bootstrap': did you mean --noise_step\?"),
-        (["--noise_stepp", "null"], r"unknown option --noise_stepp of 'bootstrap': did you mean --noise_step\?"),
-        (["--zzzzzzzz", "3"], r"unknown option --zzzzzzzz of 'bootstrap'\."),
-        (["data.json"], "unexpected argument 'data.json' of 'bootstrap'"),
-        (["--noise_step", "many"], "invalid int value: 'many'"),
-        (["--config"], "--config needs the path of a recipe"),
+        (["--noise_stepp", "3"], UNKNOWN),
+        (["--noise_stepp=3"], UNKNOWN),
+        (["--noise_stepp", "null"], UNKNOWN),
+        (["--zzzzzzzz", "3"], r"^--zzzzzzzz: found an unknown name, expected an option of 'bootstrap'\.$"),
+        (["data.json"], "^bootstrap: found 'data.json' by itself, expected options as --name value"),
+        (["--noise_step", "many"], "^--noise_step: found 'many', expected int; see bpo-fast bootstrap --help"),
+        (["--noise_step"], "^--noise_step: found another number of values, expected one argument; see bpo-fast"),
+        (["--config"], "^--config: found no value, expected a recipe"),
     ],
 )
 def test_mistakes_of_the_command_line(argv, message):
@@ -126,13 +148,56 @@ def test_mistakes_of_the_command_line(argv, message):
 
 def test_missing_options_and_recipes():
     with pytest.raises(
-        ValueError, match=r"arguments are required: --model_name_or_path.* \(see bpo-fast bootstrap --help\)"
+        ValueError,
+        match=r"^--model_name_or_path: found nothing, expected a value for each; see bpo-fast bootstrap --help",
     ):
         bootstrap()
-    with pytest.raises(FileNotFoundError, match=r"recipe none is neither a file nor one .* \(.*llava-1\.5-7b.*\)"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"^--config: found no file 'none', expected a file or one of llava-1\.5-13b, llava-1\.5-7b, tiny\.$",
+    ):
         bootstrap("--config", "none")
 
 
 def test_quantization_none_loads_unquantized():
     assert bootstrap(*MODEL).load_options() == {"dtype": "auto", "quantization": None}
     assert bootstrap(*MODEL, "--quantization", "nf4").load_options()["quantization"] == "nf4"
+
+
+def test_carried_options_are_those_that_the_next_command_needs():
+    argv = ["--noise_step", "3", "--config=a.yaml", "--image_folder", "i", "--model-name-or-path", "m", "--dtype=auto"]
+    assert recipes.carried_options(argv) == ["--config=a.yaml", "--model-name-or-path", "m", "--dtype=auto"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option", "table"),
+    [
+        (BootstrapArguments, "noise_target", TARGETS),
+        (BootstrapArguments, "schedule", SCHEDULES),
+        (EvaluateArguments, "kind", KINDS),
+    ],
+)
+def test_choices_are_the_entries_of_the_librarys_tables(arguments, option, table):
+    (metadata,) = (item.metadata for item in fields(arguments) if item.name == option)
+    assert metadata["choices"] == list(table)
+
+
+@pytest.mark.parametrize("arguments", [BootstrapArguments, TrainArguments, EvaluateArguments])
+def test_help_gives_every_option_a_sentence_and_its_default(arguments, capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments([arguments], ["--help"], command="bootstrap", description="What it does.")
+    text = " ".join(capsys.readouterr().out.split())
+    assert " What it does. " in text
+    for item in fields(arguments):
+        sentence = item.metadata["help"]
+        assert sentence[0].isupper() or sentence.startswith("nf4 ")
+        assert sentence.endswith(".")
+        default = "null" if item.default is None else item.default
+        assert (sentence if item.default is MISSING else f"{sentence} (default: {default})") in text
+    assert "(default: None)" not in text
+
+
+def test_doctests():
+    found = doctest.testmod(recipes)
+    assert found.attempted
+    assert not found.failed
