@@ -11,7 +11,8 @@ _SENTENCES = (
         "{name}: found {found}, expected one of {choices}",
     ),
     (r"argument (?P<name>\S+): (?P<wanted>expected .*)", "{name}: found another number of values, {wanted}"),
-    (r"the following arguments are required: (?P<names>.*)", "{names}: found nothing, expected a value for each"),
+    # Python 3.11 counts the rest of the line, "...", among the required.
+    (r"the following arguments are required: (?P<names>.*?)(?:, \.\.\.)?", "{names}: found nothing, expected a value for each"),
     (r"unrecognized arguments: (?P<name>.*)", "{name}: found no such option, expected one of this command's"),
 )
 

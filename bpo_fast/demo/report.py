@@ -32,7 +32,7 @@ def write_report(output_dir: str | os.PathLike, results: dict) -> Path:
     """
     first, settings = results["seeds"][0], results["settings"]
     num_runs = len(results["seeds"])
-    runs = "one run" if num_runs == 1 else f"mean of {num_runs} runs, a dot for each"
+    runs = "" if num_runs == 1 else f" (mean of {num_runs} runs with other images, a dot for each)"
     rates = {method: results["mean"][method]["chair"]["response_rate"] for method in NAMES}
     content = [
         page.number_cards(
@@ -41,7 +41,7 @@ def write_report(output_dir: str | os.PathLike, results: dict) -> Path:
         ),
         page.section(
             "Held-out images, before and after",
-            f"{settings['num_heldout']} images a run, none of them typical ({runs}). An answer hallucinates when it "
+            f"{settings['num_heldout']} images, none of them typical{runs}. An answer hallucinates when it "
             "names an object that its image does not show. Half of the yes/no questions ask for an object that is "
             "there, the other half for the typical one, which is not.",
             _scores(results),
