@@ -12,7 +12,10 @@ _SENTENCES = (
     ),
     (r"argument (?P<name>\S+): (?P<wanted>expected .*)", "{name}: found another number of values, {wanted}"),
     # Python 3.11 counts the rest of the line, "...", among the required.
-    (r"the following arguments are required: (?P<names>.*?)(?:, \.\.\.)?", "{names}: found nothing, expected a value for each"),
+    (
+        r"the following arguments are required: (?P<names>.*?)(?:, \.\.\.)?",
+        "{names}: found nothing, expected a value for each",
+    ),
     (r"unrecognized arguments: (?P<name>.*)", "{name}: found no such option, expected one of this command's"),
 )
 
