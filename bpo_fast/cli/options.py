@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from bpo_fast.evaluate.run import KINDS
+from bpo_fast.evaluate.run import SCORERS
 from bpo_fast.models.lora import LORA_TARGET_MODULES
 from bpo_fast.models.weaken import SCHEDULES, TARGETS
 
@@ -103,13 +103,19 @@ class EvaluateArguments(SharedArguments):
     questions: str = field(
         metadata=_about(
             "Question file: JSON list of {id, image, question} and "
-            f"{' or '.join(f'{truth} (for {kind})' for kind, truth in KINDS.items())}."
+            f"{' or '.join(f'{scorer.truth} (for {kind})' for kind, scorer in SCORERS.items())}."
         )
     )
     image_folder: str = field(metadata=_about("Folder that the image paths of the questions are relative to."))
     output_dir: str = field(metadata=_about("Output folder for answers and scores; an interrupted run resumes in it."))
-    kind: str = field(metadata=_about("Scorer.", KINDS))
+    kind: str = field(metadata=_about("Scorer.", SCORERS))
     adapter: str | None = field(default=None, metadata=_about("LoRA adapter to load on the model."))
-    synonyms: str | None = field(default=None, metadata=_about("JSON table {object: [words]}, for chair."))
+    synonyms: str | None = field(
+        default=None,
+        metadata=_about(
+            "JSON table {object: [words]}, for "
+            f"{' and '.join(kind for kind, scorer in SCORERS.items() if scorer.needs_synonyms)}."
+        ),
+    )
     max_new_tokens: int = field(default=512, metadata=_about("Maximum number of tokens in an answer."))
     batch_size: int = field(default=8, metadata=_about("Number of questions in a batch."))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, make_dataclass
-from typing import get_type_hints
+from dataclasses import Field, dataclass, field, fields, make_dataclass
+from typing import Any, get_type_hints
 
 import torch
 from transformers import TrainingArguments
@@ -12,11 +12,20 @@ from bpo_fast.losses.config import LOSS_OPTIONS, LossConfig
 from bpo_fast.losses.table import losses_that
 
 _TYPES = get_type_hints(LossConfig)
+
+
+def _default(option: Field) -> dict[str, Any]:
+    # HfArgumentParser reads the default of an option that may be a list from its factory alone.
+    if isinstance(option.default, str) and _TYPES[option.name] is not str:
+        return {"default_factory": lambda: [option.default]}
+    return {"default": option.default}
+
+
 # The fields of LossConfig, with its types, defaults and help, for a class that is not frozen.
 LossOptions = make_dataclass(
     "LossOptions",
     [
-        (option.name, _TYPES[option.name], field(default=option.default, metadata={"help": option.metadata["help"]}))
+        (option.name, _TYPES[option.name], field(**_default(option), metadata={"help": option.metadata["help"]}))
         for option in fields(LossConfig)
     ],
     namespace={"__module__": __name__},

@@ -7,7 +7,7 @@ import pytest
 from bpo_fast.cli import recipe as recipes
 from bpo_fast.cli.options import BootstrapArguments, EvaluateArguments, TrainArguments
 from bpo_fast.cli.recipe import parse_arguments
-from bpo_fast.evaluate.run import KINDS
+from bpo_fast.evaluate.run import SCORERS
 from bpo_fast.models.weaken import SCHEDULES, TARGETS
 from bpo_fast.train.trainer import BPOConfig
 
@@ -79,6 +79,12 @@ def test_options_win_over_the_section_and_the_section_over_the_shared_keys(recip
     assert (training.learning_rate, training.lr_scheduler_kwargs) == (3e-4, {"a": 1})
     arguments, training = train(*config, "--no_disable_dropout", "--lora_target_modules", "o_proj")
     assert (arguments.lora_target_modules, training.disable_dropout) == (["o_proj"], False)
+
+
+def test_a_loss_is_one_name_or_several():
+    assert train(*MODEL)[1].loss_type == ["sigmoid"]
+    assert train(*MODEL, "--loss_type", "ipo")[1].loss_type == ["ipo"]
+    assert train(*MODEL, "--loss_type", "sigmoid", "sft")[1].loss_type == ["sigmoid", "sft"]
 
 
 def test_null_is_none_on_either_side(recipe):
@@ -174,7 +180,7 @@ def test_carried_options_are_those_that_the_next_command_needs():
     [
         (BootstrapArguments, "noise_target", TARGETS),
         (BootstrapArguments, "schedule", SCHEDULES),
-        (EvaluateArguments, "kind", KINDS),
+        (EvaluateArguments, "kind", SCORERS),
     ],
 )
 def test_choices_are_the_entries_of_the_librarys_tables(arguments, option, table):

@@ -1,4 +1,4 @@
-"""The demo end to end with few pictures and two training steps; its figures at full size are the demo's own."""
+"""The demo end to end with few images and two training steps; its figures at full size are the demo's own."""
 
 import base64
 import json
@@ -51,7 +51,7 @@ def test_both_methods_start_from_the_same_model_and_both_move(finished):
     assert logps["bpo"][-1] != logps["sft"][-1] != logps["sft"][0]
 
 
-def test_held_out_pictures_are_not_trained_on(finished):
+def test_held_out_images_are_not_trained_on(finished):
     folder = finished[0] / "seed-3"
     seen = {path.read_bytes() for path in (folder / "annotated" / "images").iterdir()}
     assert not seen & {path.read_bytes() for path in (folder / "heldout" / "images").iterdir()}

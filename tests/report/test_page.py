@@ -52,8 +52,8 @@ def test_a_chart_is_drawn_for_a_wide_page_and_for_a_phone_at_two_dots_a_pixel():
     read = read_page(page.chart("a", drawing, width=400))
     assert read.widths == [page.NARROW, 400]
     for image, width in zip(read.images, read.widths, strict=True):
-        with Image.open(io.BytesIO(base64.b64decode(image.removeprefix("data:image/png;base64,")))) as picture:
-            assert picture.width == 2 * width
+        with Image.open(io.BytesIO(base64.b64decode(image.removeprefix("data:image/png;base64,")))) as drawn:
+            assert drawn.width == 2 * width
 
 
 def test_a_chart_on_a_phone_of_360_pixels_needs_no_scrolling():
