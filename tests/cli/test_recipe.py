@@ -1,12 +1,10 @@
-import doctest
 from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
 
-from bpo_fast.cli import recipe as recipes
 from bpo_fast.cli.options import BootstrapArguments, EvaluateArguments, TrainArguments
-from bpo_fast.cli.recipe import parse_arguments
+from bpo_fast.cli.recipe import carried_options, parse_arguments
 from bpo_fast.evaluate.run import SCORERS
 from bpo_fast.models.weaken import SCHEDULES, TARGETS
 from bpo_fast.train.trainer import BPOConfig
@@ -172,7 +170,7 @@ def test_quantization_none_loads_unquantized():
 
 def test_carried_options_are_those_that_the_next_command_needs():
     argv = ["--noise_step", "3", "--config=a.yaml", "--image_folder", "i", "--model-name-or-path", "m", "--dtype=auto"]
-    assert recipes.carried_options(argv) == ["--config=a.yaml", "--model-name-or-path", "m", "--dtype=auto"]
+    assert carried_options(argv) == ["--config=a.yaml", "--model-name-or-path", "m", "--dtype=auto"]
 
 
 @pytest.mark.parametrize(
@@ -201,9 +199,3 @@ def test_help_gives_every_option_a_sentence_and_its_default(arguments, capsys):
         default = "null" if item.default is None else item.default
         assert (sentence if item.default is MISSING else f"{sentence} (default: {default})") in text
     assert "(default: None)" not in text
-
-
-def test_doctests():
-    found = doctest.testmod(recipes)
-    assert found.attempted
-    assert not found.failed

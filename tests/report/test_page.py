@@ -1,7 +1,6 @@
 """The page stands alone, escapes what it is given, and fits a phone."""
 
 import base64
-import doctest
 import io
 import re
 
@@ -75,9 +74,3 @@ def test_marked_takes_whole_words_of_any_case_and_the_longest_first():
     marked = page.marked("A red star & two Blue Squares, bluer.", ["blue square", "blue squares", "blue"])
     assert marked == "A red star &amp; two <mark>Blue Squares</mark>, bluer."
     assert page.marked("A red star.", []) == "A red star."
-
-
-def test_doctests():
-    found = doctest.testmod(page)
-    assert found.attempted
-    assert not found.failed
