@@ -21,7 +21,7 @@ from measure import RESULTS, environment, write_json
 from partial import Partial
 from tqdm import tqdm
 
-from bpo_fast.kernels import heuristics, sequence_logps, unit_gradient
+from bpo_fast.kernels import heuristics, sequence_logps, sequence_logps_backward, unit_gradient
 
 COLUMNS = tuple(2**power for power in range(9, 15))
 UNROLLS = (1, 2, 4)
@@ -83,10 +83,15 @@ def forward(num_rows, vocab_size, dtype, device, num_processors):
     targets = torch.randint(0, vocab_size, (1, num_rows), device=device)
     token_logps = torch.empty(2, 1, num_rows, device=device)
     policy_sums, reference_sums = torch.empty(2, 1, device=device)
-    num_targets = torch.empty(1, dtype=torch.int64, device=device)
-    row_numbers = torch.empty(2, 1, num_rows, device=device)
-    tensors = (policy, reference, targets, token_logps, policy_sums, reference_sums, num_targets, row_numbers)
-    return lambda: sequence_logps.launch_sequence_logps(*tensors, None, None, 1.0, num_processors)
+    outputs = {
+        "token_logps": token_logps,
+        "row_numbers": torch.empty(2, 1, num_rows, device=device),
+        "policy_sums": policy_sums,
+        "reference_sums": reference_sums,
+        "num_targets": torch.empty(1, dtype=torch.int64, device=device),
+    }
+    options = {"statistics": None, "softcap": None, "temperature": 1.0, "num_processors": num_processors}
+    return lambda: sequence_logps.launch_sequence_logps(policy, reference, targets, **outputs, **options)
 
 
 def backward(num_rows, vocab_size, dtype, device, num_processors):
@@ -94,8 +99,14 @@ def backward(num_rows, vocab_size, dtype, device, num_processors):
     logits = torch.randn(1, num_rows, vocab_size, device=device).to(dtype)
     targets = torch.randint(0, vocab_size, (1, num_rows), device=device)
     row_numbers = torch.stack([logits.float().amax(-1), torch.ones(1, num_rows, device=device)])
-    tensors = (None, torch.ones(1, device=device), logits, targets, row_numbers, torch.empty_like(logits))
-    return lambda: sequence_logps.launch_sequence_logps_backward(*tensors, None, 1.0, num_processors)
+    tensors = (logits, targets, row_numbers, torch.empty_like(logits))
+    options = {
+        "grad_token_logps": None,
+        "grad_sums": torch.ones(1, device=device),
+        "softcap": None,
+        "temperature": 1.0,
+    }
+    return lambda: sequence_logps_backward.launch_sequence_logps_backward(*tensors, **options)
 
 
 def unit_rows(num_rows, vocab_size, dtype, device, num_processors):

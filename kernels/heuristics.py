@@ -11,6 +11,7 @@ has registers to spare unrolls its loop instead, which reads further ahead in th
 from typing import NamedTuple
 
 import triton
+from torch import Tensor
 
 # One access of 16 bytes a thread is a tile's share of a row.
 BYTES_PER_THREAD = 16
@@ -29,8 +30,15 @@ MAX_SPLITS = 64
 BACKWARD_TILES = 8
 
 
+# Fused multiply-adds said aloud: Triton's default for them is not the same in every version.
+COMPILER_OPTIONS = {"enable_fp_fusion": True}
+
+
 class RowLaunch(NamedTuple):
-    """Columns of a tile and of a lane; whether a lane's lie apart; tiles read at once; warps; programs to a row."""
+    """Columns of a tile and of a lane; whether a lane's lie apart; tiles read at once; warps; programs to a row.
+
+    `columns`, `vector` and `splits` are powers of two.
+    """
 
     columns: int
     vector: int
@@ -39,14 +47,27 @@ class RowLaunch(NamedTuple):
     num_warps: int
     splits: int
 
+    def options(self) -> dict[str, int | bool]:
+        """Keywords of a kernel's launch, all but `splits`, which is a dimension of its grid."""
+        tile = {"COLUMNS": self.columns, "VECTOR": self.vector, "INTERLEAVED": self.interleaved}
+        return tile | {"UNROLL": self.unroll, "num_warps": self.num_warps} | COMPILER_OPTIONS
 
-def is_aligned(logits):
+
+def is_aligned(logits: Tensor) -> bool:
     """Whether all rows of logits [..., V] can be read 16 bytes at a time, as Triton's compiler is told of them."""
     numbers = (logits.shape[-1], *logits.stride()[:-1])
     return logits.data_ptr() % 16 == 0 and all(number % 16 == 0 for number in numbers)
 
 
-def row_launch(num_rows, vocab_size, element_size, num_processors, *, heavy=False, aligned=True):
+def row_launch(
+    num_rows: int,
+    vocab_size: int,
+    element_size: int,
+    num_processors: int,
+    *,
+    heavy: bool = False,
+    aligned: bool = True,
+) -> RowLaunch:
     """The launch for `num_rows` rows (policy's and reference's together) of `vocab_size` logits.
 
     >>> row_launch(8192, 32064, 2, 132)

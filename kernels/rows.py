@@ -11,9 +11,16 @@ multiples of 16 bytes a lane is one access of 16 bytes; elsewhere it is single c
 warp being a run of columns.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
+# A target that is not predicted.
+IGNORE_INDEX = tl.constexpr(-100)
+# Numbers in a state: see `empty_state`; and what `store_statistics` gives of a row.
+STATE_SIZE = tl.constexpr(6)
+NUM_STATISTICS = tl.constexpr(4)
 # exp underflows far above this; p log p is 0 at a probability of 0, also where the logit is -inf.
 LOWEST_SHIFTED = tl.constexpr(-200.0)
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -28,6 +35,23 @@ def exponential(x):
     return tl.exp2(x * LOG2_E)
 
 
+class Tile(NamedTuple):
+    """The columns that a program reads at once, four constants; see `heuristics.RowLaunch`."""
+
+    columns: Any
+    vector: Any
+    interleaved: Any
+    unroll: Any
+
+
+class Transform(NamedTuple):
+    """From the logits in memory to those the softmax sees: a pointer and two numbers, None what is left out."""
+
+    bias: Any
+    softcap: Any
+    inverse_temperature: Any
+
+
 @triton.jit
 def tile_columns(COLUMNS: tl.constexpr, VECTOR: tl.constexpr, INTERLEAVED: tl.constexpr):
     """Column numbers of a tile, [COLUMNS / VECTOR, VECTOR]."""
@@ -39,29 +63,39 @@ def tile_columns(COLUMNS: tl.constexpr, VECTOR: tl.constexpr, INTERLEAVED: tl.co
 
 
 @triton.jit
-def final_logits(x, bias, columns, inside, softcap, inverse_temperature, HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE):
+def final_logits(x, columns, inside, transform):
     """The logits that the softmax sees, softcap * tanh((x + bias) / softcap) / temperature, and their slope in x.
 
     Columns that are not `inside` stay -inf.
     """
     slope = tl.full(x.shape, 1.0, tl.float32)
-    if HAS_BIAS:
-        x += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
-    if HAS_SOFTCAP:
+    if transform.bias is not None:
+        x += tl.load(transform.bias + columns, mask=inside, other=0.0).to(tl.float32)
+    if transform.softcap is not None:
         # tanh with the exponential of a negative number only: no overflow, and an error of 1e-7 of the cap.
-        decay = exponential(-2.0 * tl.abs(x / softcap))
+        decay = exponential(-2.0 * tl.abs(x / transform.softcap))
         t = tl.where(x < 0, -1.0, 1.0) * (1.0 - decay) / (1.0 + decay)
         slope = 1.0 - t * t
-        x = tl.where(inside, softcap * t, float("-inf"))
-    if HAS_TEMPERATURE:
-        x *= inverse_temperature
-        slope *= inverse_temperature
+        x = tl.where(inside, transform.softcap * t, float("-inf"))
+    if transform.inverse_temperature is not None:
+        x *= transform.inverse_temperature
+        slope *= transform.inverse_temperature
     return x, slope
 
 
 @triton.jit
+def final_target_logit(logits, target, vocab_size, transform):
+    """The target's logit as the softmax sees it; NaN for a target outside the vocabulary, which reads nothing."""
+    in_vocabulary = (target >= 0) & (target < vocab_size)
+    x = tl.load(logits + target, mask=in_vocabulary, other=float("nan")).to(tl.float32)
+    # Inside whatever the target is: NaN has to stay NaN.
+    x, _slope = final_logits(x, tl.minimum(tl.maximum(target, 0), vocab_size - 1), True, transform)
+    return x
+
+
+@triton.jit
 def empty_state(SIZE: tl.constexpr):
-    """The state of SIZE lanes that have seen nothing.
+    """The state of SIZE lanes that have seen nothing: STATE_SIZE tensors of [SIZE].
 
     (maximum m, sum e, sum e (x - m), sum e^2, sum x, maximum left of the target), with e = exp(x - m).
     """
@@ -100,7 +134,7 @@ def accumulate(state, x, columns, inside, start, target, WITH_STATISTICS: tl.con
 
 @triton.jit
 def merge(state, WITH_STATISTICS: tl.constexpr):
-    """The states of many lanes, or of many parts of a row, as one: six scalars."""
+    """The states of many lanes, or of many parts of a row, as one: STATE_SIZE scalars."""
     lane_max, lane_sum, lane_dot, lane_square, lane_total, lane_before = state
     row_max = tl.max(lane_max, axis=0)
     base = tl.where(row_max == float("-inf"), 0.0, row_max)
@@ -117,6 +151,37 @@ def merge(state, WITH_STATISTICS: tl.constexpr):
         row_total = tl.sum(lane_total, axis=0)
         row_before = tl.max(lane_before, axis=0)
     return row_max, row_sum, row_dot, row_square, row_total, row_before
+
+
+@triton.jit
+def read_columns(logits, first, last, vocab_size, target, transform, tile, WITH_STATISTICS: tl.constexpr):
+    """The state of columns first .. last - 1 of the row at `logits`."""
+    state = empty_state(tile.columns // tile.vector)
+    for start in tl.range(first, last, tile.columns, loop_unroll_factor=tile.unroll):
+        columns = start + tile_columns(tile.columns, tile.vector, tile.interleaved)
+        inside = columns < vocab_size
+        # Columns past the vocabulary are -inf, not 0: they must not add exp(0).
+        x = tl.load(logits + columns, mask=inside, other=float("-inf")).to(tl.float32)
+        x, _slope = final_logits(x, columns, inside, transform)
+        state = accumulate(state, x, columns, inside, start, target.to(tl.int32), WITH_STATISTICS)
+    return merge(state, WITH_STATISTICS)
+
+
+@triton.jit
+def store_state(place, state):
+    """Write a state of scalars to the STATE_SIZE floats at `place`."""
+    for number in tl.static_range(STATE_SIZE):
+        tl.store(place + number, state[number])
+
+
+@triton.jit
+def load_states(place, NUMBER: tl.constexpr):
+    """The NUMBER states that other programs stored from `place` on: .cg reads past this multiprocessor's own L1."""
+    places = place + tl.arange(0, NUMBER) * STATE_SIZE
+    state = ()
+    for number in tl.static_range(STATE_SIZE):
+        state += (tl.load(places + number, cache_modifier=".cg"),)
+    return state
 
 
 @triton.jit

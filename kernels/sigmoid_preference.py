@@ -6,8 +6,9 @@ steps over a handful of numbers would take as long as the kernels that read the 
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from bpo_fast.kernels.sequence_logps import OPTIONS
+from bpo_fast.kernels.heuristics import COMPILER_OPTIONS
 
 # Pairs taken at once by the one program; the order of the mean depends on this number and on how many there are.
 PAIRS = 256
@@ -29,15 +30,13 @@ def sigmoid_preference_kernel(
     num_pairs,
     beta,
     label_smoothing,
-    HAS_REFERENCE: tl.constexpr,
-    AVERAGE: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
     """One program. loss [] = mean of the pairs' losses; rewards [2B] = beta (logps - ref_logps); coefficients [2B] =
     d loss / d logps.
 
-    logps and ref_logps float32 [2B], chosen first; num_tokens int64 [2B], read if AVERAGE: the loss is then that of
-    log-ratios a token.
+    logps and ref_logps float32 [2B], chosen first; ref_logps None is a reference of 0. num_tokens int64 [2B], or None:
+    where given, the loss is that of log-ratios a token.
     """
     total = tl.zeros([PAIRS], tl.float32)
     for start in range(0, num_pairs, PAIRS):
@@ -46,14 +45,14 @@ def sigmoid_preference_kernel(
         rejected = num_pairs + chosen
         chosen_ratio = tl.load(logps + chosen, mask=inside, other=0.0)
         rejected_ratio = tl.load(logps + rejected, mask=inside, other=0.0)
-        if HAS_REFERENCE:
+        if ref_logps is not None:
             chosen_ratio -= tl.load(ref_logps + chosen, mask=inside, other=0.0)
             rejected_ratio -= tl.load(ref_logps + rejected, mask=inside, other=0.0)
         tl.store(rewards + chosen, beta * chosen_ratio, mask=inside)
         tl.store(rewards + rejected, beta * rejected_ratio, mask=inside)
         chosen_share = 1.0 / num_pairs
         rejected_share = 1.0 / num_pairs
-        if AVERAGE:
+        if num_tokens is not None:
             chosen_tokens = tl.maximum(tl.load(num_tokens + chosen, mask=inside, other=1), 1).to(tl.float32)
             rejected_tokens = tl.maximum(tl.load(num_tokens + rejected, mask=inside, other=1), 1).to(tl.float32)
             chosen_ratio /= chosen_tokens
@@ -71,7 +70,17 @@ def sigmoid_preference_kernel(
     tl.store(loss, tl.sum(total, axis=0) / num_pairs)
 
 
-def launch_sigmoid_preference(logps, ref_logps, num_tokens, loss, rewards, coefficients, beta, label_smoothing):
+def launch_sigmoid_preference(
+    logps: Tensor,
+    ref_logps: Tensor | None,
+    num_tokens: Tensor | None,
+    loss: Tensor,
+    rewards: Tensor,
+    coefficients: Tensor,
+    *,
+    beta: float,
+    label_smoothing: float,
+) -> None:
     """Launch over logps [2B], B not 0; `ref_logps` None for a reference-free loss, `num_tokens` None for sums."""
     sigmoid_preference_kernel[(1,)](
         logps,
@@ -83,9 +92,7 @@ def launch_sigmoid_preference(logps, ref_logps, num_tokens, loss, rewards, coeff
         len(logps) // 2,
         beta,
         label_smoothing,
-        HAS_REFERENCE=ref_logps is not None,
-        AVERAGE=num_tokens is not None,
         PAIRS=PAIRS,
         num_warps=4,
-        **OPTIONS,
+        **COMPILER_OPTIONS,
     )

@@ -7,18 +7,20 @@ multiplied by the head afterwards. Numerics contract: the chunk holds float32 lo
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from bpo_fast.kernels import heuristics
+from bpo_fast.kernels.heuristics import RowLaunch
 from bpo_fast.kernels.rows import (
-    accumulate,
-    empty_state,
+    Tile,
+    Transform,
     exponential,
     final_logits,
-    merge,
+    final_target_logit,
+    read_columns,
     store_statistics,
     tile_columns,
 )
-from bpo_fast.kernels.sequence_logps import OPTIONS
 
 
 @triton.jit
@@ -36,13 +38,6 @@ def unit_gradient_kernel(
     gradient_stride,
     softcap,
     inverse_temperature,
-    HAS_TARGETS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    WITH_GRADIENT: tl.constexpr,
-    WITH_STATISTICS: tl.constexpr,
     COLUMNS: tl.constexpr,
     VECTOR: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -50,49 +45,39 @@ def unit_gradient_kernel(
 ):
     """Program (row): logps[row] = log p_target, and gradient[row] = scale[row] * (onehot - p) * slope of the logits.
 
-    `gradient` is the memory of `logits`, seen as float32 or as a 16-bit type in the first half of each row; strides
-    count elements of the pointer's own type. logits float32 [rows, vocabulary]; targets int64 [rows], one outside the
-    vocabulary reads nothing and gives NaN; scale and logps float32 [rows]; statistics float32 [4, rows]. Without
-    targets a row's target logit and its onehot are 0: logps is then minus the log-sum-exp, and gradient its gradient.
+    What is None is left out. `gradient` is the memory of `logits`, seen as float32 or as a 16-bit type in the first
+    half of each row; strides count elements of the pointer's own type. logits float32 [rows, vocabulary]; targets
+    int64 [rows], one outside the vocabulary reads nothing and gives NaN; scale and logps float32 [rows]; statistics
+    float32 [4, rows]. Without targets a row's target logit and its onehot are 0: logps is then minus the log-sum-exp,
+    and gradient its gradient.
     """
     row = tl.program_id(0).to(tl.int64)
     source = logits + row * logits_stride
+    transform = Transform(bias, softcap, inverse_temperature)
     target = tl.full([], -1, tl.int64)
     target_logit = 0.0
-    if HAS_TARGETS:
+    if targets is not None:
         target = tl.load(targets + row)
-        in_vocabulary = (target >= 0) & (target < vocab_size)
-        target_logit = tl.load(source + target, mask=in_vocabulary, other=float("nan"))
-        target_logit, _target_slope = final_logits(
-            target_logit,
-            bias,
-            tl.minimum(tl.maximum(target, 0), vocab_size - 1),
-            True,
-            softcap,
-            inverse_temperature,
-            HAS_BIAS,
-            HAS_SOFTCAP,
-            HAS_TEMPERATURE,
-        )
-    state = empty_state(COLUMNS // VECTOR)
-    for start in tl.range(0, vocab_size, COLUMNS, loop_unroll_factor=UNROLL):
-        columns = start + tile_columns(COLUMNS, VECTOR, INTERLEAVED)
-        inside = columns < vocab_size
-        x = tl.load(source + columns, mask=inside, other=float("-inf"))
-        x, _slope = final_logits(
-            x, bias, columns, inside, softcap, inverse_temperature, HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE
-        )
-        state = accumulate(state, x, columns, inside, start, target.to(tl.int32), WITH_STATISTICS)
-    row_state = merge(state, WITH_STATISTICS)
+        target_logit = final_target_logit(source, target, vocab_size, transform)
+    row_state = read_columns(
+        source,
+        0,
+        vocab_size,
+        vocab_size,
+        target,
+        transform,
+        Tile(COLUMNS, VECTOR, INTERLEAVED, UNROLL),
+        statistics is not None,
+    )
     row_max = row_state[0]
     log_sum = tl.log(row_state[1])
     tl.store(logps + row, target_logit - row_max - log_sum)
-    if WITH_STATISTICS:
+    if statistics is not None:
         store_statistics(statistics, row, statistics_stride, row_state, target_logit, vocab_size)
-    if WITH_GRADIENT:
+    if gradient is not None:
         out = gradient + row * gradient_stride
         grad = 1.0
-        if HAS_SCALE:
+        if scale is not None:
             grad = tl.load(scale + row)
         tl.debug_barrier()
         for start in tl.range(0, vocab_size, COLUMNS, loop_unroll_factor=UNROLL):
@@ -102,18 +87,34 @@ def unit_gradient_kernel(
             # 16-bit results land on bytes that hold float32 logits of this block or of one already read: every thread
             # must have its logits before any thread writes.
             tl.debug_barrier()
-            x, slope = final_logits(
-                x, bias, columns, inside, softcap, inverse_temperature, HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE
-            )
+            x, slope = final_logits(x, columns, inside, transform)
             p = exponential(x - row_max - log_sum)
             value = tl.where(columns == target.to(tl.int32), 1.0 - p, -p) * grad * slope
             tl.store(out + columns, value.to(gradient.dtype.element_ty), mask=inside)
 
 
-def launch_unit_gradient(logits, gradient, targets, bias, scale, logps, statistics, softcap, temperature):
-    """Launch over float32 logits [n, V], n not 0; what is None is left out."""
+def launch_unit_gradient(
+    logits: Tensor,
+    gradient: Tensor | None,
+    targets: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    logps: Tensor,
+    statistics: Tensor | None,
+    softcap: float | None,
+    temperature: float,
+    *,
+    launch: RowLaunch | None = None,
+) -> RowLaunch:
+    """Launch over float32 logits [n, V], n not 0; what is None is left out.
+
+    `launch` None is the rule's of `heuristics`; a row is not split, whatever it says.
+
+    Returns:
+        The launch that was taken.
+    """
     num_rows, vocab_size = logits.shape
-    launch = heuristics.row_launch(
+    launch = launch or heuristics.row_launch(
         num_rows,
         vocab_size,
         logits.element_size(),
@@ -133,19 +134,8 @@ def launch_unit_gradient(logits, gradient, targets, bias, scale, logps, statisti
         vocab_size,
         logits.stride(0),
         0 if gradient is None else gradient.stride(0),
-        1.0 if softcap is None else softcap,
-        1.0 / temperature,
-        HAS_TARGETS=targets is not None,
-        HAS_BIAS=bias is not None,
-        HAS_SOFTCAP=softcap is not None,
-        HAS_TEMPERATURE=temperature != 1.0,
-        HAS_SCALE=scale is not None,
-        WITH_GRADIENT=gradient is not None,
-        WITH_STATISTICS=statistics is not None,
-        COLUMNS=launch.columns,
-        VECTOR=launch.vector,
-        INTERLEAVED=launch.interleaved,
-        UNROLL=launch.unroll,
-        num_warps=launch.num_warps,
-        **OPTIONS,
+        softcap,
+        None if temperature == 1.0 else 1.0 / temperature,
+        **launch.options(),
     )
+    return launch

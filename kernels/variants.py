@@ -5,7 +5,7 @@ from functools import partial
 
 from triton.compiler import ASTSource
 
-from bpo_fast.kernels import heuristics, sequence_logps, sigmoid_preference, unit_gradient
+from bpo_fast.kernels import heuristics, sequence_logps, sequence_logps_backward, sigmoid_preference, unit_gradient
 
 _TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 # Numbers that the launchers pass as float32; the other numbers are int32, and pointers are named by each form.
@@ -31,7 +31,7 @@ class Variant:
 
     @property
     def options(self):
-        return {**sequence_logps.OPTIONS, "num_warps": self.num_warps}
+        return {**heuristics.COMPILER_OPTIONS, "num_warps": self.num_warps}
 
     def source(self):
         signature, attributes = {}, {}
@@ -50,8 +50,9 @@ class Variant:
         return ASTSource(self.kernel, signature, self.constants, attributes)
 
 
-def _flags(names, on):
-    return {name: name in on for name in names}
+def _tr(on):
+    both = {"HAS_SOFTCAP": "softcap", "HAS_TEMPERATURE": "inverse_temperature"}
+    return {name: None for flag, name in both.items() if flag not in on}
 
 
 def _launch(shape, element, heavy, aligned):
@@ -77,7 +78,7 @@ def _forward(label, dtype, *on, aligned, shape=_WIDE):
         "parts": ("fp32", launch.splits > 1),
         "arrivals": ("i32", "WITH_SUMS" in on or launch.splits > 1),
     }
-    constants = _flags(("HAS_SOFTCAP", "HAS_TEMPERATURE", "WITH_SUMS", "WITH_STATISTICS"), on)
+    constants = _tr(on)
     constants |= {"SPLITS": launch.splits, "TOKENS": sequence_logps.TOKENS, **_tile(launch)}
     constants |= {name: None for name, (_, given) in optional.items() if not given}
     pointers |= {name: kind for name, (kind, given) in optional.items() if given}
@@ -89,14 +90,16 @@ def _backward(label, dtype, *on, aligned, shape=_WIDE):
     element = _TYPES[dtype]
     launch = _launch(shape, element, "HAS_SOFTCAP" in on or not aligned, aligned)
     pointers = {"logits": element, "targets": "i64", "row_numbers": "fp32", "grad_logits": element}
-    constants = _flags(("HAS_GRAD_TOKENS", "HAS_GRAD_SUMS", "HAS_SOFTCAP", "HAS_TEMPERATURE"), on) | _tile(launch)
+    constants = _tr(on) | _tile(launch)
     for name, flag in (("grad_token_logps", "HAS_GRAD_TOKENS"), ("grad_sums", "HAS_GRAD_SUMS")):
         if flag in on:
             pointers[name] = "fp32"
         else:
             constants[name] = None
     name = f"sequence_logps_backward[{dtype}{label}]"
-    return Variant(name, sequence_logps.sequence_logps_backward_kernel, pointers, constants, launch.num_warps, aligned)
+    return Variant(
+        name, sequence_logps_backward.sequence_logps_backward_kernel, pointers, constants, launch.num_warps, aligned
+    )
 
 
 def _unit_gradient(label, dtype, *on, aligned, shape=_WIDE):
@@ -117,14 +120,14 @@ def _unit_gradient(label, dtype, *on, aligned, shape=_WIDE):
     # Strides of what is not there are 0.
     constants |= {} if "WITH_GRADIENT" in on else {"gradient_stride": 0}
     constants |= {} if "WITH_STATISTICS" in on else {"statistics_stride": 0}
-    constants |= _flags((*optional, "HAS_SOFTCAP", "HAS_TEMPERATURE"), on)
+    constants |= _tr(on)
     name = f"unit_gradient[{dtype}{label}]"
     return Variant(name, unit_gradient.unit_gradient_kernel, pointers, constants, launch.num_warps, aligned)
 
 
 def _sigmoid_preference(label, *on):
     pointers = dict.fromkeys(("logps", "loss", "rewards", "coefficients"), "fp32")
-    constants = _flags(("HAS_REFERENCE", "AVERAGE"), on) | {"PAIRS": sigmoid_preference.PAIRS}
+    constants = {"PAIRS": sigmoid_preference.PAIRS}
     for flag, name, kind in (("HAS_REFERENCE", "ref_logps", "fp32"), ("AVERAGE", "num_tokens", "i64")):
         if flag in on:
             pointers[name] = kind

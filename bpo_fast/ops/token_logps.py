@@ -125,15 +125,15 @@ def _sequence_logps(
             _unit_stride(logits),
             None if ref_logits is None else _unit_stride(ref_logits),
             targets,
-            token_logps,
-            policy_sums if with_sums else None,
-            ref_sums if with_sums else None,
-            num_tokens if with_sums else None,
-            row_numbers,
-            statistics if with_statistics else None,
-            softcap,
-            temperature,
-            num_processors(logits),
+            token_logps=token_logps,
+            row_numbers=row_numbers,
+            policy_sums=policy_sums if with_sums else None,
+            reference_sums=ref_sums if with_sums else None,
+            num_targets=num_tokens if with_sums else None,
+            statistics=statistics if with_statistics else None,
+            softcap=softcap,
+            temperature=temperature,
+            num_processors=num_processors(logits),
         )
         return outputs
     for output in outputs:
@@ -177,11 +177,17 @@ def _fill_gradient(grad_tokens, grad_sums, logits, targets, row_numbers, softcap
     if not targets.numel():
         return
     if runs_in_triton(logits):
-        from bpo_fast.kernels.sequence_logps import launch_sequence_logps_backward
+        from bpo_fast.kernels.sequence_logps_backward import launch_sequence_logps_backward
 
-        options = (softcap, temperature, num_processors(logits))
         launch_sequence_logps_backward(
-            grad_tokens, grad_sums, _unit_stride(logits), targets, row_numbers, grad_logits, *options
+            _unit_stride(logits),
+            targets,
+            row_numbers,
+            grad_logits,
+            grad_token_logps=grad_tokens,
+            grad_sums=grad_sums,
+            softcap=softcap,
+            temperature=temperature,
         )
         return
     grad = torch.zeros_like(row_numbers[0])

@@ -116,7 +116,7 @@ def test_a_row_in_parts(dtype, vocab_size, processors):
 def test_policy_reference_and_sums_in_one_launch(dtype, num_tokens, monkeypatch):
     launches = []
     launch = kernels.launch_sequence_logps
-    monkeypatch.setattr(kernels, "launch_sequence_logps", lambda *args: (launches.append(1), launch(*args)))
+    monkeypatch.setattr(kernels, "launch_sequence_logps", lambda *a, **k: (launches.append(1), launch(*a, **k)))
     generator = torch.Generator().manual_seed(0)
     logits, ref_logits = ((torch.randn(4, num_tokens, 301, generator=generator) * 3).to(dtype) for _ in range(2))
     targets = draw_targets((4, num_tokens), 301, generator)
