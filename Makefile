@@ -29,7 +29,7 @@ bench: $(INSTALLED)
 	$(VENV)/bin/python bench/tables.py
 
 # The stamp is newer than what the extension and the dependencies are made from, or the install runs again.
-$(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+$(INSTALLED): pyproject.toml setup.py constraints.txt kernels/architectures.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@

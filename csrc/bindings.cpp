@@ -39,8 +39,8 @@ bpo::NoiseArguments arguments(uintptr_t x, uintptr_t out, int64_t samples, int64
 
 void check_dtype(const char* name, int dtype) {
   if (dtype < bpo::kFloat32 || dtype > bpo::kFloat16) {
-    throw py::value_error(std::string(name) + " is " + std::to_string(dtype) +
-                          "; expected 0 (float32), 1 (bfloat16) or 2 (float16)");
+    throw py::value_error(std::string(name) + ": found " + std::to_string(dtype) +
+                          ", expected 0 (float32), 1 (bfloat16) or 2 (float16).");
   }
 }
 

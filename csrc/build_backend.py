@@ -10,6 +10,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -19,8 +20,11 @@ from pathlib import Path
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403  (a backend is the hooks its module has)
 
-ARCHS = (80, 86, 89, 90, 100, 120)
-MIN_NVCC = (12, 8)  # the first release that knows sm_120
+# By its path: neither this package nor what it needs is installed yet.
+_TABLE = runpy.run_path(str(Path(__file__).parents[1] / "kernels" / "architectures.py"))["ARCHITECTURES"]
+ARCHS = tuple(_TABLE)
+MIN_CUDA = max(architecture.cuda for architecture in _TABLE.values())
+MIN_NVCC = f"nvcc of CUDA {MIN_CUDA[0]}.{MIN_CUDA[1]} or later"
 NVCC_REQUIREMENTS = [
     "nvidia-cuda-nvcc==13.0.88",
     "nvidia-cuda-crt==13.0.88",
@@ -38,23 +42,23 @@ class Toolkit:
     root: Path
 
     @property
-    def library_dir(self):
+    def library_dir(self) -> Path:
         """Folder of the static CUDA runtime."""
         for folder in (self.root / "lib64", self.root / "lib", *sorted(self.root.glob("targets/*/lib"))):
             if (folder / "libcudart_static.a").is_file():
                 return folder
         raise SystemExit(
-            f"{self.nvcc} was found but not the static CUDA runtime libcudart_static.a beside it under {self.root}; "
+            f"libcudart_static.a: found none under {self.root}, expected the static CUDA runtime of {self.nvcc}; "
             "install the CUDA runtime's development files or set BPO_FAST_CUDA=off."
         )
 
 
-def cuda_mode():
+def cuda_mode() -> str:
     mode = os.environ.get("BPO_FAST_CUDA", "auto").strip().lower() or "auto"
     if mode not in ("auto", "on", "off"):
-        raise SystemExit(f"BPO_FAST_CUDA is '{mode}'; expected auto, on or off.")
+        raise SystemExit(f"BPO_FAST_CUDA: found '{mode}', expected auto, on or off.")
     if mode == "on" and platform.system() != "Linux":
-        raise SystemExit(f"BPO_FAST_CUDA is on but this is {platform.system()}; the CUDA half builds on Linux only.")
+        raise SystemExit(f"BPO_FAST_CUDA: found on, expected auto or off on {platform.system()}.")
     return mode if platform.system() == "Linux" else "off"
 
 
@@ -67,7 +71,7 @@ def _installed_nvcc():
     return next((str(file.locate()) for file in files if file.name == "nvcc" and file.parent.name == "bin"), None)
 
 
-def find_toolkit():
+def find_toolkit() -> Toolkit | None:
     """The first usable CUDA toolkit of: CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda, the package index's; or None."""
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     candidates = [shutil.which("nvcc", path=os.path.join(home, "bin")) for home in homes if home]
@@ -75,8 +79,8 @@ def find_toolkit():
     for nvcc in filter(None, candidates):
         version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False)
         release = re.search(r"release (\d+)\.(\d+)", version.stdout)
-        if not release or (int(release[1]), int(release[2])) < MIN_NVCC:
-            print(f"{nvcc} is left aside: CUDA {'.'.join(map(str, MIN_NVCC))} or later is needed", file=sys.stderr)
+        if not release or (int(release[1]), int(release[2])) < MIN_CUDA:
+            print(f"{nvcc}: found {release and release[0]}, expected {MIN_NVCC}; it is not used.", file=sys.stderr)
             continue
         # nvcc on PATH may be a wrapper or a link elsewhere; nvcc itself says where its toolkit is.
         dry = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True, check=False)
@@ -103,7 +107,7 @@ def get_requires_for_build_editable(config_settings=None):
     return [*build_meta.get_requires_for_build_editable(config_settings), *_cuda_requirements()]
 
 
-def toolkit_for_build():
+def toolkit_for_build() -> Toolkit | None:
     """The toolkit to build the CUDA half with, or None where it is not to be built."""
     mode = cuda_mode()
     if mode == "off":
@@ -111,13 +115,13 @@ def toolkit_for_build():
     toolkit = find_toolkit()
     if toolkit is None and mode == "on":
         raise SystemExit(
-            f"BPO_FAST_CUDA is on but no nvcc of CUDA {'.'.join(map(str, MIN_NVCC))} or later was found; install one, "
-            f"set CUDA_HOME, or build without --no-build-isolation so that pip fetches it."
+            f"BPO_FAST_CUDA: found on without a compiler, expected {MIN_NVCC}; install one, set CUDA_HOME, or build "
+            "without --no-build-isolation so that pip fetches it."
         )
     return toolkit
 
 
-def compile_cuda(toolkit, source, output):
+def compile_cuda(toolkit: Toolkit, source: Path, output: Path) -> None:
     """Compile one .cu file to an object with code for every architecture and PTX of the last."""
     command = [toolkit.nvcc, "-c", str(source), "-o", str(output), "-O3", "-std=c++17", "-DBPO_CUDA"]
     command += ["--fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden,-ffp-contract=off"]
@@ -126,5 +130,9 @@ def compile_cuda(toolkit, source, output):
         command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
     command += ["-gencode", f"arch=compute_{ARCHS[-1]},code=compute_{ARCHS[-1]}"]
     print(" ".join(command), flush=True)
-    if subprocess.run(command, check=False).returncode != 0:
-        raise SystemExit(f"{toolkit.nvcc} failed on {source}; set BPO_FAST_CUDA=off to build without the CUDA half.")
+    code = subprocess.run(command, check=False).returncode
+    if code:
+        raise SystemExit(
+            f"{source}: found exit code {code} from {toolkit.nvcc}, expected 0; "
+            "set BPO_FAST_CUDA=off to build without the CUDA half."
+        )

@@ -240,7 +240,9 @@ const Variant& find_variant(const std::string& isa) {
   for (const Variant& variant : variants()) {
     if (variant.supported && (isa.empty() || isa == variant.name)) return variant;
   }
-  throw std::invalid_argument("isa is '" + isa + "', which this processor or build does not have; see cpu_isas()");
+  std::string known;
+  for (const std::string& name : cpu_isas()) known += (known.empty() ? "" : ", ") + name;
+  throw std::invalid_argument("isa: found '" + isa + "', expected one of " + known + " on this processor.");
 }
 
 }  // namespace

@@ -103,10 +103,11 @@ __global__ void __launch_bounds__(kMaxThreads) noise_kernel(const NoiseArguments
   }
 }
 
-void check(cudaError_t status, const std::string& what) {
+void check(cudaError_t status, const std::string& call) {
   if (status != cudaSuccess) {
-    throw std::runtime_error("add_noise could not " + what + ": " + cudaGetErrorString(status) + " (CUDA error " +
-                             std::to_string(status) + "); run `bpo-fast doctor` to see what this machine has");
+    throw std::runtime_error(call + ": found CUDA error " + std::to_string(status) + " (" +
+                             cudaGetErrorString(status) +
+                             "), expected success; run `bpo-fast doctor` to see what this machine has.");
   }
 }
 
@@ -124,9 +125,9 @@ void launch(const NoiseArguments& a, int device, cudaStream_t stream) {
   // Warps enough for a line, and blocks enough to fill the GPU but no more: the rest is the strides' work.
   const int threads = static_cast<int>(std::min<int64_t>(kMaxThreads, (packs + 31) / 32 * 32));
   int processors = 0, blocks_per_processor = 0;
-  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "read the attributes of the GPU");
+  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_processor, kernel, threads, 0),
-        "size its launch on the GPU");
+        "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
   const int64_t resident = static_cast<int64_t>(processors) * std::max(blocks_per_processor, 1);
   constexpr int64_t kLimit = 65535;  // of the grid's y and z
   const int64_t z = std::min({a.samples, resident, kLimit});
@@ -135,7 +136,7 @@ void launch(const NoiseArguments& a, int device, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z));
   kernel<<<grid, threads, 0, stream>>>(
       a, rows, round_keys(static_cast<uint32_t>(a.seed), static_cast<uint32_t>(a.seed >> 32)));
-  check(cudaGetLastError(), "start its kernel on the GPU");
+  check(cudaGetLastError(), "launch of noise_kernel");
 }
 
 template <typename In>
@@ -156,7 +157,7 @@ int cuda_device_count() {
 void noise_cuda(const NoiseArguments& a, int x_dtype, int out_dtype, int device, void* stream) {
   if (a.samples == 0 || a.n == 0 || a.levels == 0) return;
   // The static runtime keeps its own current device, whatever the caller's runtime has made current.
-  check(cudaSetDevice(device), "use GPU " + std::to_string(device));
+  check(cudaSetDevice(device), "cudaSetDevice of GPU " + std::to_string(device));
   const auto queue = static_cast<cudaStream_t>(stream);
   if (x_dtype == kFloat32) launch_from<Float32>(a, out_dtype, device, queue);
   if (x_dtype == kBFloat16) launch_from<BFloat16>(a, out_dtype, device, queue);

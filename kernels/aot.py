@@ -22,13 +22,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from bpo_fast.kernels import sass
-from bpo_fast.kernels.occupancy import LIMITS, occupancy
-from bpo_fast.kernels.variants import variants
+from bpo_fast.kernels.architectures import ARCHITECTURES
+from bpo_fast.kernels.occupancy import occupancy
+from bpo_fast.kernels.variants import Variant, variants
 
-ARCHITECTURES = tuple(LIMITS)
-# 99 KiB: what a block may use on sm_86, 89 and 120; the others allow more.
-SHARED_LIMIT = 99 * 1024
-
+# Bytes of shared memory that a block may use on every architecture.
+SHARED_LIMIT = min(architecture.shared_per_block for architecture in ARCHITECTURES.values())
 COMMAND = "python -m bpo_fast.kernels.aot"
 
 
@@ -56,7 +55,7 @@ def _compile(variant, architecture):
     return triton.compile(variant.source(), target=target, options=variant.options)
 
 
-def compile_variant(variant, architecture):
+def compile_variant(variant: Variant, architecture: int) -> Usage:
     """Compile for sm_`architecture` and return its `Usage`."""
     compiled = _compile(variant, architecture)
     return Usage(*_resource_usage(compiled.asm["cubin"]), compiled.metadata.shared)
@@ -66,7 +65,7 @@ def _compile_by_index(index, architecture):
     return compile_variant(variants()[index], architecture)
 
 
-def problems(usage, shared_limit=SHARED_LIMIT):
+def problems(usage: Usage, shared_limit: int = SHARED_LIMIT) -> list[str]:
     """What is wrong with one compiled kernel, as a list of words; empty when all is well."""
     found = [f"spills {usage.spilled} bytes"] if usage.spilled else []
     too_much = f"{usage.shared} bytes of shared memory, more than {shared_limit}"
@@ -78,8 +77,8 @@ def _occupancy_words(variant, architecture, usage):
     return f"{found.share:.0%}" + ("" if found.limited_by == "warps" else f" ({found.limited_by})")
 
 
-def markdown(table):
-    """The kept table. `table` holds (variant, {architecture: usage}), every architecture of `ARCHITECTURES`."""
+def markdown(table: list[tuple[Variant, dict[int, Usage]]]) -> str:
+    """The kept table, from each variant's usage on every architecture of `ARCHITECTURES`."""
     lines = [
         "# What every kernel uses",
         "",
@@ -103,22 +102,22 @@ def markdown(table):
     return "\n".join(lines) + "\n"
 
 
-def difference(path, made):
+def difference(path: Path, made: str) -> str:
     """One sentence on how the table kept at `path` differs from `made`; empty if it does not."""
     remedy = f"run `{COMMAND} --markdown {path}` and keep the result."
     if not path.exists():
-        return f"{path} does not exist; {remedy}"
+        return f"{path}: found no file, expected the kept table; {remedy}"
     kept = path.read_text()
     if kept == made:
         return ""
     kept_version = re.search(r"with triton (\S+)", kept)
     if kept_version and kept_version[1] != version("triton"):
-        found = f"{path} was made with triton {kept_version[1]} and this is triton {version('triton')}"
-        return f"{found}; install triton {kept_version[1]}, or {remedy}"
+        found = f"found a table of triton {kept_version[1]}, expected one of triton {version('triton')}"
+        return f"{path}: {found}; install triton {kept_version[1]}, or {remedy}"
     new = [line for line in made.splitlines() if line not in kept.splitlines()]
     if not new:
-        return f"{path} holds lines that are not made any more; {remedy}"
-    return f"{path} is behind in {len(new)} lines, the first of which is now {new[0]!r}; {remedy}"
+        return f"{path}: found lines that are not made any more, expected none; {remedy}"
+    return f"{path}: found {len(new)} lines that differ, expected first {new[0]!r}; {remedy}"
 
 
 def _write(path, text):
@@ -127,7 +126,7 @@ def _write(path, text):
     os.replace(temporary, path)
 
 
-def _parse(arguments):
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, metavar="86", help="default: all")
     parser.add_argument("--match", default="", help="only kernels whose name holds this text")
@@ -140,27 +139,27 @@ def _parse(arguments):
     action.add_argument("--sass", metavar="NAME", help="print the machine code of this kernel; needs one --arch")
     options = parser.parse_args(arguments)
     if triton.knobs.runtime.interpret:
-        parser.error("TRITON_INTERPRET is set, so there is nothing to compile; unset it.")
+        parser.error("TRITON_INTERPRET: found it set, expected a compiler; unset it.")
     if (options.markdown or options.check) and (options.arch or options.match):
-        parser.error("--markdown and --check are about the whole table; leave --arch and --match out.")
+        parser.error("--arch or --match: found with --markdown or --check, expected the whole table; leave them out.")
     names = [variant.name for variant in variants()]
     if options.sass and options.sass not in names:
-        parser.error(f"--sass names no kernel: {options.sass!r}; there are: {', '.join(names)}.")
+        parser.error(f"--sass: found {options.sass!r}, expected one of {', '.join(names)}.")
     if options.sass and len(options.arch or ()) != 1:
-        parser.error("--sass shows one architecture; add it, such as --arch 86.")
+        parser.error(f"--arch: found {len(options.arch or ())} with --sass, expected one, such as --arch 86.")
     if not any(options.match in name for name in names):
-        parser.error(f"no kernel's name holds {options.match!r}.")
+        parser.error(f"--match: found {options.match!r}, expected a part of a kernel's name.")
     return options
 
 
-def main(arguments=None):
+def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     if options.sass:
         (variant,) = (v for v in variants() if v.name == options.sass)
         print(sass.report(sass.instructions(sass.disassemble(_compile(variant, *options.arch).asm["cubin"]))))
         return 0
     chosen = [(index, variant) for index, variant in enumerate(variants()) if options.match in variant.name]
-    architectures = options.arch or ARCHITECTURES
+    architectures = options.arch or tuple(ARCHITECTURES)
     jobs = [(index, architecture) for index, _ in chosen for architecture in architectures]
     width = max(len(variant.name) for _, variant in chosen)
     print(f"{'kernel':<{width}}  arch    warps  registers  spilled  shared  occupancy")

@@ -22,7 +22,7 @@ class Instruction(NamedTuple):
     operands: str
 
     @property
-    def kind(self):
+    def kind(self) -> str:
         """The opcode, of memory accesses with the width (no width: 32 bits) and of MUFU with the function.
 
         >>> Instruction(0, "", "LDG.E.128.CONSTANT", "R4, [R2.64]").kind
@@ -40,8 +40,8 @@ class Instruction(NamedTuple):
         return ".".join([name, *(word for word in modifiers if word == "E" or word in _WIDTHS)])
 
 
-def disassemble(cubin):
-    """The listing of a cubin (bytes) as cuobjdump of the triton package gives it."""
+def disassemble(cubin: bytes) -> str:
+    """The listing of a cubin as cuobjdump of the triton package gives it."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -49,7 +49,7 @@ def disassemble(cubin):
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def instructions(listing):
+def instructions(listing: str) -> list[Instruction]:
     """The instructions of a listing, in order of address, without the padding behind the last one."""
     found = []
     for line in listing.splitlines():
@@ -70,7 +70,7 @@ def _loops(code):
             yield int(target[1], 16), instruction.address
 
 
-def longest_loop(code):
+def longest_loop(code: list[Instruction]) -> list[Instruction]:
     """The instructions of the longest loop that holds no other loop; empty if there is none."""
     loops = list(_loops(code))
     inner = [
@@ -84,7 +84,7 @@ def longest_loop(code):
     return [instruction for instruction in code if first <= instruction.address <= last]
 
 
-def report(code):
+def report(code: list[Instruction]) -> str:
     """The listing, ">" before each instruction of the longest loop, and the count by kind of that loop and of all."""
     loop = longest_loop(code)
     inside = {instruction.address for instruction in loop}

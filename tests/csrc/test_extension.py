@@ -177,12 +177,12 @@ def test_nan_and_infinity_propagate(dtype):
 
 
 def test_unknown_isa_and_dtype_are_refused():
-    with pytest.raises(ValueError, match="isa is 'mmx', which this processor or build does not have"):
+    with pytest.raises(ValueError, match=f"^isa: found 'mmx', expected one of {', '.join(_C.cpu_isas())} on this"):
         normals(4, isa="mmx")
     nothing = _C.NoiseArguments(x=0, out=0, samples=0, n=0, width=0, x_stride=0, out_stride=0, scales=0, seed=0)
-    with pytest.raises(ValueError, match="x_dtype is 9; expected 0"):
+    with pytest.raises(ValueError, match="^x_dtype: found 9, expected 0 "):
         _C.noise_cpu(nothing, 9, 0)
-    with pytest.raises(ValueError, match="out_dtype is 3; expected 0"):
+    with pytest.raises(ValueError, match="^out_dtype: found 3, expected 0 "):
         _C.noise_cpu(nothing, 0, 3)
 
 

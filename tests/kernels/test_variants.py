@@ -1,0 +1,63 @@
+import pkgutil
+from importlib import import_module
+from inspect import signature
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+import bpo_fast.kernels
+from bpo_fast.kernels.variants import recorded, variants
+
+
+def test_every_kernel_has_a_variant():
+    modules = [
+        import_module(f"bpo_fast.kernels.{found.name}") for found in pkgutil.iter_modules(bpo_fast.kernels.__path__)
+    ]
+    kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+    assert len(kernels) > 3
+    assert {variant.kernel.__name__ for variant in variants()} == kernels
+
+
+def test_names_are_unlike():
+    names = [variant.name for variant in variants()]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("variant", variants(), ids=lambda variant: variant.name)
+def test_the_source_is_what_a_launch_compiles(variant):
+    """Signature, constants and attributes as Triton's own launch makes them of the same arguments."""
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    kernel = variant.kernel
+    bind = create_function_from_signature(signature(kernel.fn), kernel.params, backend)
+    arguments, specialization, given = bind(**variant.arguments, **variant.options, debug=False)
+    _, types, constants, attributes = kernel._pack_args(backend, given, arguments, specialization, given)
+    source = variant.source()
+    assert source.signature == types
+    assert source.constants == constants
+    assert source.attrs == {place: found for place, found in attributes.items() if found}
+
+
+@triton.jit
+def _kernel(x, number, one, absent, factor, SIZE: tl.constexpr):
+    pass
+
+
+def test_a_launch_is_recorded_and_not_run():
+    x = torch.empty(3, dtype=torch.float16, device="meta")
+
+    def launch(x, factor):
+        _kernel[(1,)](x, 2**40, 1, None, factor, SIZE=1, num_warps=2)
+
+    variant = recorded("name", launch, x, factor=1.0)
+    assert isinstance(variant.kernel, JITFunction)
+    assert (variant.kernel, variant.options, variant.num_warps) == (_kernel, {"num_warps": 2}, 2)
+    source = variant.source()
+    kinds = ("*fp16", "i64", "constexpr", "constexpr", "fp32", "constexpr")
+    assert source.signature == dict(zip(_kernel.arg_names, kinds, strict=True))
+    assert source.constants == {(2,): 1, (3,): None, (5,): 1}
+    assert set(source.attrs) == {(0,), (1,)}
