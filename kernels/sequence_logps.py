@@ -120,18 +120,18 @@ def sequence_logps_kernel(
             Tile(COLUMNS, VECTOR, INTERLEAVED, UNROLL),
             statistics is not None,
         )
-    place = plane * num_rows + row
     is_last = True
     if SPLITS > 1:
-        store_state(parts + (place * SPLITS + split) * STATE_SIZE, row_state)
-        is_last = last_to_arrive(arrivals + num_planes * num_sequences + place, SPLITS)
+        row_parts = parts + (plane * num_rows + row) * SPLITS * STATE_SIZE
+        store_state(row_parts + split * STATE_SIZE, row_state)
+        is_last = last_to_arrive(arrivals + num_planes * num_sequences + plane * num_rows + row, SPLITS)
     if is_last:
         logp = 0.0
         row_max = 0.0
         log_sum = 0.0
         if target != IGNORE_INDEX:
             if SPLITS > 1:
-                row_state = merge(load_states(parts + place * SPLITS * STATE_SIZE, SPLITS), statistics is not None)
+                row_state = merge(load_states(row_parts, SPLITS), statistics is not None)
             target_logit = final_target_logit(logits, target, vocab_size, transform)
             row_max = row_state[0]
             log_sum = tl.log(row_state[1])
@@ -143,7 +143,7 @@ def sequence_logps_kernel(
             if plane == 0:
                 for number in tl.static_range(NUM_STATISTICS):
                     tl.store(statistics + number * num_rows + row, 0.0)
-        tl.store(token_logps + place, logp)
+        tl.store(token_logps + plane * num_rows + row, logp)
         if plane == 0:
             tl.store(row_numbers + row, row_max)
             tl.store(row_numbers + num_rows + row, log_sum)

@@ -87,13 +87,13 @@ def test_on_without_nvcc_is_refused(bare, monkeypatch):
 def test_on_outside_linux_is_refused(bare, monkeypatch):
     monkeypatch.setenv("BPO_FAST_CUDA", "on")
     monkeypatch.setattr(bare.platform, "system", lambda: "Darwin")
-    with pytest.raises(SystemExit, match="^BPO_FAST_CUDA: found on, expected auto or off on Darwin.$"):
+    with pytest.raises(SystemExit, match=r"^BPO_FAST_CUDA: found on, expected auto or off on Darwin\.$"):
         bare.cuda_mode()
 
 
 def test_unknown_mode_is_refused(bare, monkeypatch):
     monkeypatch.setenv("BPO_FAST_CUDA", "yes")
-    with pytest.raises(SystemExit, match="^BPO_FAST_CUDA: found 'yes', expected auto, on or off.$"):
+    with pytest.raises(SystemExit, match=r"^BPO_FAST_CUDA: found 'yes', expected auto, on or off\.$"):
         bare.cuda_mode()
 
 
@@ -126,7 +126,7 @@ def test_a_failing_compiler_names_the_way_out(backend, tmp_path):
     nvcc = tmp_path / "nvcc"
     nvcc.write_text("#!/bin/sh\nexit 1\n")
     nvcc.chmod(0o755)
-    with pytest.raises(SystemExit, match="^x.cu: found exit code 1 from .*nvcc, expected 0; set BPO_FAST_CUDA=off"):
+    with pytest.raises(SystemExit, match=r"^x\.cu: found exit code 1 from .*nvcc, expected 0; set BPO_FAST_CUDA=off"):
         backend.compile_cuda(backend.Toolkit(str(nvcc), tmp_path), "x.cu", tmp_path / "x.o")
 
 

@@ -180,9 +180,9 @@ def test_unknown_isa_and_dtype_are_refused():
     with pytest.raises(ValueError, match=f"^isa: found 'mmx', expected one of {', '.join(_C.cpu_isas())} on this"):
         normals(4, isa="mmx")
     nothing = _C.NoiseArguments(x=0, out=0, samples=0, n=0, width=0, x_stride=0, out_stride=0, scales=0, seed=0)
-    with pytest.raises(ValueError, match="^x_dtype: found 9, expected 0 "):
+    with pytest.raises(ValueError, match=r"^x_dtype: found 9, expected 0 "):
         _C.noise_cpu(nothing, 9, 0)
-    with pytest.raises(ValueError, match="^out_dtype: found 3, expected 0 "):
+    with pytest.raises(ValueError, match=r"^out_dtype: found 3, expected 0 "):
         _C.noise_cpu(nothing, 0, 3)
 
 

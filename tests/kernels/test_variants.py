@@ -11,6 +11,10 @@ from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import bpo_fast.kernels
+from bpo_fast.kernels.heuristics import RowLaunch, row_launch
+from bpo_fast.kernels.sequence_logps import launch_sequence_logps
+from bpo_fast.kernels.sequence_logps_backward import launch_sequence_logps_backward
+from bpo_fast.kernels.unit_gradient import launch_unit_gradient
 from bpo_fast.kernels.variants import recorded, variants
 
 
@@ -40,6 +44,34 @@ def test_the_source_is_what_a_launch_compiles(variant):
     assert source.signature == types
     assert source.constants == constants
     assert source.attrs == {place: found for place, found in attributes.items() if found}
+
+
+def launched(launch):
+    """What the three kernels over rows get of `launch`, on logits of a shape that the rule splits."""
+    with torch.device("meta"):
+        logits, floats = torch.empty(1, 2, 128256), torch.empty(4, 1, 2)
+        targets = torch.empty(1, 2, dtype=torch.int64)
+    options = {"softcap": None, "temperature": 1.0, "launch": launch}
+    outputs = dict.fromkeys(("policy_sums", "reference_sums", "num_targets", "statistics"))
+    outputs |= {"token_logps": floats[:1], "row_numbers": floats[:2], "num_processors": 132}
+    grads = {"grad_token_logps": floats[0], "grad_sums": None}
+    tensors = (logits[0], logits[0], targets[0], None, None, floats[0, 0], None, None, 1.0)
+    return (
+        recorded("", launch_sequence_logps, logits, None, targets, **outputs, **options),
+        recorded("", launch_sequence_logps_backward, logits, targets, floats, logits, **grads, **options),
+        recorded("", launch_unit_gradient, *tensors, launch=launch),
+    )
+
+
+def test_a_launch_that_is_given_is_taken_and_else_the_rule():
+    rule = row_launch(2, 128256, 4, 132)
+    other = RowLaunch(columns=512, vector=2, interleaved=True, unroll=3, num_warps=2, splits=2)
+    for launch, expected in ((None, rule), (other, other)):
+        for variant in launched(launch):
+            found = {name: variant.arguments[name] for name in ("COLUMNS", "VECTOR", "INTERLEAVED", "UNROLL")}
+            assert tuple(found.values()) == expected[:4]
+            assert variant.num_warps == expected.num_warps
+            assert variant.arguments.get("SPLITS", expected.splits) == expected.splits
 
 
 @triton.jit

@@ -19,6 +19,8 @@ from bpo_fast import dpo_loss, linear_token_logps, token_logps
 from bpo_fast.kernels import heuristics
 from bpo_fast.kernels import sequence_logps as kernels
 from bpo_fast.kernels import sigmoid_preference as preference_kernel
+from bpo_fast.kernels.sequence_logps_backward import launch_sequence_logps_backward
+from bpo_fast.kernels.unit_gradient import launch_unit_gradient
 from bpo_fast.losses import preference
 from bpo_fast.losses.config import LossConfig
 from bpo_fast.losses.preference import sequence_preference
@@ -287,7 +289,35 @@ def test_unusual_rows():
     torch.testing.assert_close(ours, eager_token_logps(logits, targets), equal_nan=True)
 
 
-def test_a_target_that_cannot_be_checked_gives_nan_and_reads_nothing(monkeypatch):
-    monkeypatch.setattr(logits_op, "check_target_range", lambda targets, vocab_size: None)
-    ours = token_logps(torch.zeros(3, 4), torch.tensor([4, -1, 2**40]))
-    assert ours.isnan().all()
+@pytest.mark.parametrize("transform", [{}, {"logit_softcap": 30.0, "temperature": 0.7}], ids=["plain", "transformed"])
+def test_a_target_that_cannot_be_checked_gives_nan_and_reads_nothing(monkeypatch, transform):
+    for module in (logits_op, head_sweep):
+        monkeypatch.setattr(module, "check_target_range", lambda targets, vocab_size: None)
+    targets = torch.tensor([4, -1, 2**40])
+    assert token_logps(torch.zeros(3, 4), targets, **transform).isnan().all()
+    inputs = torch.zeros(3, 8), torch.zeros(4, 8)
+    assert linear_token_logps(*inputs, targets, bias=torch.zeros(4), **transform).isnan().all()
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+def test_any_launch_gives_the_same_values(splits):
+    vocab_size = 16 * TILE + 5
+    logits, targets = torch.randn(1, 3, vocab_size), torch.tensor([[7, 0, vocab_size - 1]])
+    rule = heuristics.row_launch(3, vocab_size, 4, 0, aligned=False)
+    launch = rule._replace(columns=2 * rule.columns, vector=2 * rule.vector, unroll=4, num_warps=4, splits=splits)
+    options = {"softcap": None, "temperature": 1.0, "launch": launch}
+    logps, row_numbers, grad_logits = torch.empty(1, 1, 3), torch.empty(2, 1, 3), torch.empty_like(logits)
+    outputs = dict.fromkeys(("policy_sums", "reference_sums", "num_targets", "statistics"))
+    outputs |= {"token_logps": logps, "row_numbers": row_numbers, "num_processors": 0}
+    assert kernels.launch_sequence_logps(logits, None, targets, **outputs, **options) == launch
+    exact = eager_token_logps(logits.double(), targets)
+    torch.testing.assert_close(logps[0].double(), exact, rtol=1e-6, atol=1e-5)
+    tensors, grads = (logits, targets, row_numbers, grad_logits), {"grad_token_logps": torch.ones(1, 3)}
+    assert launch_sequence_logps_backward(*tensors, **grads, grad_sums=None, **options) == launch
+    exact_grad = torch.nn.functional.one_hot(targets, vocab_size) - logits.double().softmax(-1)
+    torch.testing.assert_close(grad_logits.double(), exact_grad, rtol=1e-5, atol=1e-6)
+    chunk, unit_logps = logits[0].clone(), torch.empty(3)
+    tensors = (chunk, chunk, targets[0], None, None, unit_logps, None, None, 1.0)
+    assert launch_unit_gradient(*tensors, launch=launch) == launch
+    torch.testing.assert_close(chunk.double(), exact_grad[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(unit_logps.double(), exact[0], rtol=1e-6, atol=1e-5)
