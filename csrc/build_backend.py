@@ -1,8 +1,8 @@
-"""The build backend: setuptools, plus the CUDA compiler as a build requirement where it is wanted and missing.
+"""The build backend: setuptools, and the CUDA compiler as a build requirement where it is wanted and missing.
 
 `BPO_FAST_CUDA` decides about the CUDA half of the extension:
-auto (default)  built when nvcc is on the machine; fetched from the package index where there is an NVIDIA driver only
-on              always built, nvcc being fetched where it is missing
+auto (default)  built if nvcc is on the machine; nvcc is fetched from the package index if there is only a driver
+on              always built; nvcc is fetched if it is missing
 off             never built
 """
 

@@ -1,9 +1,10 @@
 """Compile every kernel for every supported architecture, without a GPU: `python -m bpo_fast.kernels.aot`.
 
-Prints one line a kernel, variant and architecture: warps a block, registers a thread, bytes spilled to local memory,
-bytes of shared memory, theoretical occupancy. Ends with code 1 if anything spills, or needs more shared memory than
-the smallest of these architectures gives a block. `--markdown PATH` keeps the table; `--check PATH` also ends with
-code 1 if the kept table differs from what compiles now. `--sass NAME --arch 86` shows one kernel's machine code.
+Prints one line for each variant of a kernel and each architecture: warps a block, registers a thread, bytes spilled
+to local memory, bytes of shared memory, theoretical occupancy. Ends with code 1 if anything spills, or needs more
+shared memory than the smallest of these architectures gives a block. `--markdown PATH` keeps the table; `--check PATH`
+also ends with code 1 if the kept table differs from what compiles now. `--sass NAME --arch 86` shows the machine code
+of one kernel.
 """
 
 import argparse
@@ -66,7 +67,7 @@ def _compile_by_index(index, architecture):
 
 
 def problems(usage: Usage, shared_limit: int = SHARED_LIMIT) -> list[str]:
-    """What is wrong with one compiled kernel, as a list of words; empty when all is well."""
+    """What is wrong with one compiled kernel; empty if nothing is."""
     found = [f"spills {usage.spilled} bytes"] if usage.spilled else []
     too_much = f"{usage.shared} bytes of shared memory, more than {shared_limit}"
     return found + ([too_much] if usage.shared > shared_limit else [])

@@ -16,28 +16,25 @@ from torch import Tensor
 # One access of 16 bytes a thread is a tile's share of a row.
 BYTES_PER_THREAD = 16
 MIN_WARPS, MAX_WARPS = 4, 8
-# Tiles read at once. Two keep 32 bytes a thread on their way: on a multiprocessor with 1,024 threads at work 32 KB,
-# more than latency times bandwidth of an H100 asks of one (18 KB). One where a kernel keeps many more numbers a column
-# or a lane, so that its registers leave room for more threads: statistics, and gradients through a softcap or of
-# columns that lie apart.
+# Tiles read at once. Two keep 32 bytes a thread in flight: 32 KB on a multiprocessor that runs 1,024 threads, where an
+# H100's latency times bandwidth needs 18 KB. One where a kernel keeps many more numbers a column or a lane, so that
+# its registers leave room for more threads: statistics, and gradients through a softcap or of columns that lie apart.
 UNROLL, HEAVY_UNROLL = 2, 1
-# Programs that a multiprocessor should have to work on before rows are worth splitting.
+# With fewer programs a multiprocessor than this, rows are split.
 PROGRAMS_PER_PROCESSOR = 4
-# A part of a row is at least this many tiles: below, merging the parts costs what splitting them saves.
+# A part of a row is at least this many tiles: below that, merging costs what splitting saves.
 TILES_PER_SPLIT = 4
 MAX_SPLITS = 64
 # Tiles of a row that one program of the backward pass goes over, so that it loads the row's numbers once for them.
 BACKWARD_TILES = 8
-
-
-# Fused multiply-adds said aloud: Triton's default for them is not the same in every version.
+# Stated, because Triton's default for fused multiply-adds is not the same in every version.
 COMPILER_OPTIONS = {"enable_fp_fusion": True}
 
 
 class RowLaunch(NamedTuple):
     """Columns of a tile and of a lane; whether a lane's lie apart; tiles read at once; warps; programs to a row.
 
-    `columns`, `vector` and `splits` are powers of two.
+    `columns`, `vector`, `num_warps` and `splits` are powers of two.
     """
 
     columns: int
@@ -54,7 +51,7 @@ class RowLaunch(NamedTuple):
 
 
 def is_aligned(logits: Tensor) -> bool:
-    """Whether all rows of logits [..., V] can be read 16 bytes at a time, as Triton's compiler is told of them."""
+    """Whether every row of logits [..., V] can be read 16 bytes at a time, as Triton tells its compiler."""
     numbers = (logits.shape[-1], *logits.stride()[:-1])
     return logits.data_ptr() % 16 == 0 and all(number % 16 == 0 for number in numbers)
 
@@ -69,6 +66,12 @@ def row_launch(
     aligned: bool = True,
 ) -> RowLaunch:
     """The launch for `num_rows` rows (policy's and reference's together) of `vocab_size` logits.
+
+    Args:
+        element_size: bytes of a logit.
+        num_processors: multiprocessors of the GPU; 0 for a kernel that does not split rows.
+        heavy: whether the kernel keeps so many numbers that its loop is not unrolled.
+        aligned: whether every row can be read 16 bytes at a time, as `is_aligned` says.
 
     >>> row_launch(8192, 32064, 2, 132)
     RowLaunch(columns=2048, vector=8, interleaved=False, unroll=2, num_warps=8, splits=1)

@@ -22,9 +22,9 @@ SYSTEM_SHARED = 1024
 
 
 class Occupancy(NamedTuple):
-    """Blocks and warps that a multiprocessor holds, the share of the warps it could, and what does not allow more.
+    """Blocks and warps that a multiprocessor holds, the share of the warps it could, and what limits them.
 
-    `limited_by` is one of "warps", "blocks", "registers", "shared memory": of several equally tight ones, the first.
+    `limited_by` is one of "warps", "blocks", "registers", "shared memory": of several equal limits, the first.
     """
 
     blocks: int

@@ -1,4 +1,4 @@
-"""One row of logits read once: its log-sum-exp and, where asked for, its entropy and what else is logged of it.
+"""One row of logits read once: its log-sum-exp and, where asked for, its entropy and the other statistics.
 
 `bpo_fast/ops/rows.py` is the same in PyTorch, for the CPU. Numerics contract: everything is float32. A row is
 described by its maximum m and the log of s = sum exp(x - m), never by their sum: log p_y = (x_y - m) - log s keeps its
@@ -45,7 +45,7 @@ class Tile(NamedTuple):
 
 
 class Transform(NamedTuple):
-    """From the logits in memory to those the softmax sees: a pointer and two numbers, None what is left out."""
+    """From the logits in memory to those that the softmax sees: a pointer and two numbers; None is left out."""
 
     bias: Any
     softcap: Any

@@ -122,16 +122,16 @@ def sequence_logps_kernel(
         )
     is_last = True
     if SPLITS > 1:
-        row_parts = parts + (plane * num_rows + row) * SPLITS * STATE_SIZE
-        store_state(row_parts + split * STATE_SIZE, row_state)
-        is_last = last_to_arrive(arrivals + num_planes * num_sequences + plane * num_rows + row, SPLITS)
+        place = plane * num_rows + row
+        store_state(parts + (place * SPLITS + split) * STATE_SIZE, row_state)
+        is_last = last_to_arrive(arrivals + num_planes * num_sequences + place, SPLITS)
     if is_last:
         logp = 0.0
         row_max = 0.0
         log_sum = 0.0
         if target != IGNORE_INDEX:
             if SPLITS > 1:
-                row_state = merge(load_states(row_parts, SPLITS), statistics is not None)
+                row_state = merge(load_states(parts + place * SPLITS * STATE_SIZE, SPLITS), statistics is not None)
             target_logit = final_target_logit(logits, target, vocab_size, transform)
             row_max = row_state[0]
             log_sum = tl.log(row_state[1])
