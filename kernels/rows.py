@@ -36,7 +36,10 @@ def exponential(x):
 
 
 class Tile(NamedTuple):
-    """The columns that a program reads at once, four constants; see `heuristics.RowLaunch`."""
+    """The columns that a program reads at once; see `heuristics.RowLaunch`.
+
+    Four constants, and an assignment in a kernel makes values of constants: a Tile is made within the call that takes it.
+    """
 
     columns: Any
     vector: Any

@@ -23,7 +23,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Odd numbers of rows: a launch tells the compiler which numbers are multiples of 16, and of these it must not count on
 # that. Few rows are split over programs on a GPU of that many multiprocessors.
 NUM_SEQUENCES, MANY_TOKENS, FEW_TOKENS, NUM_PROCESSORS = 3, 2731, 3, 132
-TRANSFORM = {"softcap": 30.0, "temperature": 0.7}
+PLAIN, TRANSFORM = {"softcap": None, "temperature": 1.0}, {"softcap": 30.0, "temperature": 0.7}
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def _name(kernel, dtype, label, vocab_size):
     return f"{kernel}[{str(dtype).removeprefix('torch.')}{label}]{aligned}"
 
 
-def _forward(label, dtype, vocab_size, num_tokens, *, sums=False, statistics=False, softcap=None, temperature=1.0):
+def _forward(label, dtype, vocab_size, num_tokens, *, sums=False, statistics=False, transform=PLAIN):
     num_sequences = NUM_SEQUENCES if num_tokens > 1 else 1
     policy, reference = (torch.empty(num_sequences, num_tokens, vocab_size, dtype=dtype) for _ in range(2))
     targets = torch.empty(num_sequences, num_tokens, dtype=torch.int64)
@@ -91,13 +91,12 @@ def _forward(label, dtype, vocab_size, num_tokens, *, sums=False, statistics=Fal
         reference_sums=floats if sums else None,
         num_targets=targets if sums else None,
         statistics=floats if statistics else None,
-        softcap=softcap,
-        temperature=temperature,
         num_processors=NUM_PROCESSORS,
+        **transform,
     )
 
 
-def _backward(label, dtype, vocab_size, *, tokens=False, sums=False, softcap=None, temperature=1.0):
+def _backward(label, dtype, vocab_size, *, tokens=False, sums=False, transform=PLAIN):
     logits, grad_logits = (torch.empty(NUM_SEQUENCES, MANY_TOKENS, vocab_size, dtype=dtype) for _ in range(2))
     floats = torch.empty(2, NUM_SEQUENCES, MANY_TOKENS)
     return recorded(
@@ -109,24 +108,11 @@ def _backward(label, dtype, vocab_size, *, tokens=False, sums=False, softcap=Non
         grad_logits,
         grad_token_logps=floats if tokens else None,
         grad_sums=floats if sums else None,
-        softcap=softcap,
-        temperature=temperature,
+        **transform,
     )
 
 
-def _unit_gradient(
-    label,
-    dtype,
-    vocab_size,
-    *,
-    targets=True,
-    gradient=True,
-    bias=False,
-    scale=False,
-    statistics=False,
-    softcap=None,
-    temperature=1.0,
-):
+def _unit_gradient(label, dtype, vocab_size, *, targets=True, gradient=True, statistics=False, everything=False):
     logits, floats = torch.empty(MANY_TOKENS, vocab_size), torch.empty(4, MANY_TOKENS)
     return recorded(
         _name("unit_gradient", dtype, label, vocab_size),
@@ -134,12 +120,11 @@ def _unit_gradient(
         logits,
         logits.view(dtype)[:, :vocab_size] if gradient else None,
         torch.empty(MANY_TOKENS, dtype=torch.int64) if targets else None,
-        torch.empty(vocab_size, dtype=dtype) if bias else None,
-        floats if scale else None,
+        torch.empty(vocab_size, dtype=dtype) if everything else None,
+        floats if everything else None,
         floats,
         floats if statistics else None,
-        softcap,
-        temperature,
+        **TRANSFORM if everything else PLAIN,
     )
 
 
@@ -158,13 +143,13 @@ def _row_variants(wide: int, narrow: int) -> Iterator[Variant]:
         yield _forward(",sums", dtype, wide, MANY_TOKENS, sums=True)
         yield _forward(",sums,statistics", dtype, wide, MANY_TOKENS, sums=True, statistics=True)
         yield _forward(",split", dtype, wide, FEW_TOKENS)
-        yield _forward(",everything", dtype, wide, FEW_TOKENS, sums=True, statistics=True, **TRANSFORM)
+        yield _forward(",everything", dtype, wide, FEW_TOKENS, sums=True, statistics=True, transform=TRANSFORM)
         yield _backward(",sums", dtype, wide, sums=True)
         yield _backward(",tokens", dtype, wide, tokens=True)
-        yield _backward(",everything", dtype, wide, tokens=True, sums=True, **TRANSFORM)
+        yield _backward(",everything", dtype, wide, tokens=True, sums=True, transform=TRANSFORM)
         yield _unit_gradient("", dtype, wide)
         yield _unit_gradient(",statistics", dtype, wide, statistics=True)
-        yield _unit_gradient(",everything", dtype, wide, bias=True, scale=True, **TRANSFORM)
+        yield _unit_gradient(",everything", dtype, wide, everything=True)
     yield _forward(",sums,narrow", torch.bfloat16, narrow, MANY_TOKENS, sums=True)
     yield _backward(",sums,narrow", torch.bfloat16, narrow, sums=True)
     yield _unit_gradient(",log-probs only", torch.float32, wide, gradient=False)
