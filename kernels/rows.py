@@ -38,7 +38,7 @@ def exponential(x):
 class Tile(NamedTuple):
     """The columns that a program reads at once; see `heuristics.RowLaunch`.
 
-    Four constants, and an assignment in a kernel makes values of constants: a Tile is made within the call that takes it.
+    Four constants. An assignment in a kernel turns constants into values, so a Tile is made in the call that takes it.
     """
 
     columns: Any
