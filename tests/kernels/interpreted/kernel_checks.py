@@ -26,6 +26,7 @@ from bpo_fast.losses.config import LossConfig
 from bpo_fast.losses.preference import sequence_preference
 from bpo_fast.ops import head_sweep
 from bpo_fast.ops import token_logps as logits_op
+from bpo_fast.ops import unit_gradient as head_op
 from bpo_fast.ops.linear_token_logps import linear_logsumexp
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -40,7 +41,7 @@ VOCAB_SIZES = [1, 5, TILE, TILE + 1, 2 * TILE + 907]
 def processors(monkeypatch):
     """Sends everything but float64 to the kernels; the fixture's value pretends a GPU with that many processors."""
     assert triton.knobs.runtime.interpret
-    for module in (logits_op, head_sweep, preference):
+    for module in (logits_op, head_op, preference):
         monkeypatch.setattr(module, "runs_in_triton", lambda tensor: tensor.dtype != torch.float64)
     return lambda number: monkeypatch.setattr(logits_op, "num_processors", lambda tensor: number)
 
@@ -291,7 +292,7 @@ def test_unusual_rows():
 
 @pytest.mark.parametrize("transform", [{}, {"logit_softcap": 30.0, "temperature": 0.7}], ids=["plain", "transformed"])
 def test_a_target_that_cannot_be_checked_gives_nan_and_reads_nothing(monkeypatch, transform):
-    for module in (logits_op, head_sweep):
+    for module in (logits_op, head_op):
         monkeypatch.setattr(module, "check_target_range", lambda targets, vocab_size: None)
     targets = torch.tensor([4, -1, 2**40])
     assert token_logps(torch.zeros(3, 4), targets, **transform).isnan().all()
