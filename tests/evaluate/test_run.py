@@ -187,7 +187,7 @@ def test_a_scorer_is_an_entry_of_the_table(tiny_llava, questions, tmp_path, monk
     scores = evaluate(*tiny_llava, file, folder, tmp_path / "out", kind="short", max_new_tokens=6, batch_size=2)
     assert scores == {"shorter": [len(answer.split()) <= 3 for answer in found]}
     assert checked == [3] * 5
-    with pytest.raises(ValueError, match="kind: found 'long', expected one of .*, short"):
+    with pytest.raises(ValueError, match=r"kind: found 'long', expected one of .*, short"):
         evaluate(*tiny_llava, file, folder, tmp_path / "out", kind="long")
 
 
