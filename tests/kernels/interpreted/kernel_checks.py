@@ -292,7 +292,7 @@ def test_unusual_rows():
 
 @pytest.mark.parametrize("transform", [{}, {"logit_softcap": 30.0, "temperature": 0.7}], ids=["plain", "transformed"])
 def test_a_target_that_cannot_be_checked_gives_nan_and_reads_nothing(monkeypatch, transform):
-    for module in (logits_op, head_op):
+    for module in (logits_op, head_sweep):
         monkeypatch.setattr(module, "check_target_range", lambda targets, vocab_size: None)
     targets = torch.tensor([4, -1, 2**40])
     assert token_logps(torch.zeros(3, 4), targets, **transform).isnan().all()
