@@ -57,8 +57,9 @@ def print_peak(options):
     level, name = options.peak
     operation = operations(options)[level]
     candidate = operation.candidates[name]
-    candidate.setup(operation.problem(changed(options, **TOY)))()
-    step = candidate.setup(operation.problem(options))
+    toy = changed(options, **TOY)
+    candidate.setup(operation.problem(toy, operation.shape(toy)))()
+    step = candidate.setup(operation.problem(options, operation.shape(options)))
     if candidate.compiles:
         step()
         # What the first step left with the C allocator would hide the second one's memory.

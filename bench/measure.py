@@ -144,7 +144,7 @@ def errors(result, expected, tolerance):
 
 @dataclass(frozen=True)
 class Operation:
-    """What one group measures: `shape(options)` its sizes, `problem(options)` its tensors, name -> candidate.
+    """What one group measures: `shape(options)` its sizes, `problem(options, shape)` its tensors, name -> candidate.
 
     `calls`: how often a timed step does it. `with_peak`: whether memory is measured. `compared`: whether steps return
     (loss, gradient or None), which are compared with those of EAGER on `problem.in_float64()`.
@@ -169,7 +169,8 @@ class Operation:
         return steps, lambda progress: self.measure(options, names, peak_command, progress)
 
     def measure(self, options, names, peak_command, progress):
-        problem, rows, steps = self.problem(options), {}, {}
+        shape, rows, steps = self.shape(options), {}, {}
+        problem = self.problem(options, shape)
         expected = self.candidates[EAGER].setup(problem.in_float64())() if self.compared else None
         for name in names:
             rows[name], step = self.candidates[name].first_step(problem, options, expected)
@@ -187,4 +188,4 @@ class Operation:
                 rows[name]["peak_bytes"] = fresh_peak(*peak_command, "--peak", self.name, name)
                 progress.update()
         add_ratios(rows, EAGER, FLOOR)
-        return {"what": self.what, "shape": self.shape(options), "reference": EAGER, "rows": rows}
+        return {"what": self.what, "shape": shape, "reference": EAGER, "rows": rows}

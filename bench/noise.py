@@ -24,7 +24,7 @@ class Problem:
     Every second image (`source`) goes to `rows` of the packed sequence, and every second of these stays clean.
     """
 
-    def __init__(self, options):
+    def __init__(self, options, shape):
         self.x = torch.randn(options.shape, device=options.device).to(getattr(torch, options.dtype))
         last, (_, tokens, width) = max(options.levels - 1, 1), options.shape
         self.steps = [round(k * (SCHEDULE.num_steps - 1) / last) for k in range(options.levels)]

@@ -35,23 +35,27 @@ class Problem(NamedTuple):
         return Problem(rows.requires_grad_(self.rows.requires_grad), ref_rows, head, *self[3:])
 
 
-def random_problem(options, shape, vocab_size, *, head=True, reference=True, differentiable=True):
-    """Random rows [*shape, H or V]; of each sequence only the last part, the response, is labelled."""
+def random_problem(options, sizes):
+    """Random rows: hidden states where `sizes` have H, else logits; of sequences, with a reference, or few `rows`.
+
+    Of each sequence only the last part, the response, is labelled.
+    """
+    sequences, vocab_size, width = sizes.get("sequences"), sizes["V"], sizes.get("H", sizes["V"])
+    shape = (sequences, sizes["tokens"] // sequences) if sequences else (sizes.get("tokens") or sizes["rows"],)
     dtype, device = getattr(torch, options.dtype), options.device
     generator = torch.Generator(device).manual_seed(0)
 
     def random(*size, scale=1.0):
         return (torch.randn(size, generator=generator, device=device) * scale).to(dtype)
 
-    width = options.hidden_size if head else vocab_size
     rows = random(*shape, width)
     # A reference near the policy keeps the loss near ln 2, where neither it nor its gradient vanishes.
-    ref_rows = rows + random(*shape, width, scale=0.1) if reference else None
-    weight = random(vocab_size, width, scale=width**-0.5) if head else None
+    ref_rows = rows + random(*shape, width, scale=0.1) if sequences else None
+    head = random(vocab_size, width, scale=width**-0.5) if "H" in sizes else None
     labels = torch.randint(0, vocab_size, shape, generator=generator, device=device)
     labels[..., : shape[-1] - max(1, int(shape[-1] * options.response_fraction))] = IGNORE_INDEX
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX) if len(shape) == 2 else labels
-    return Problem(rows.requires_grad_(differentiable), ref_rows, weight, labels, targets)
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX) if sequences else labels
+    return Problem(rows.requires_grad_("rows" not in sizes), ref_rows, head, labels, targets)
 
 
 def loss(make, row=None, peer=None, **traits):
@@ -75,11 +79,6 @@ def loss(make, row=None, peer=None, **traits):
         return step
 
     return Candidate(setup, row or {}, peer and peer.split(".")[0].split(":")[0], **traits)
-
-
-def compiled(make):
-    """The candidate of the same, compiled for one shape."""
-    return loss(lambda p: torch.compile(make(p), dynamic=False), compiles=True)
 
 
 def objective(p, token_logps):
@@ -144,10 +143,6 @@ def liger_linear_ce(p, liger):
     return partial(liger(reduction="sum"), p.head, p.rows, p.targets)
 
 
-def trl_selective(p, trl):
-    return objective(p, lambda rows: trl(rows, p.targets))
-
-
 def linear_ce(p, function=F.linear_cross_entropy, **options):
     """A cross-entropy from hidden states: minus the sum of the log-probs."""
     return partial(function, p.rows, p.head, p.targets, reduction="sum", **options)
@@ -175,24 +170,21 @@ def copies(*tensors):
     return lambda: [buffer.copy_(tensor) for tensor in tensors]
 
 
+PLAIN = {
+    EAGER: loss(eager),
+    COMPILED: loss(lambda p: torch.compile(eager(p), dynamic=False), compiles=True),
+}
 TRL_HEAD, TRL_LOGPS = "trl.kernels.chunked_logprob:ChunkedLogProbFunction", "trl.trainer.utils:selective_log_softmax"
-LIGER_DPO, LIGER_CE = (
-    "liger_kernel.chunked_loss:LigerFusedLinearDPOLoss",
-    "liger_kernel.transformers:LigerCrossEntropyLoss",
-)
-LIGER_LINEAR_CE, CCE = (
-    "liger_kernel.transformers:LigerFusedLinearCrossEntropyLoss",
-    "cut_cross_entropy:linear_cross_entropy",
-)
+LIGER, LIGER_DPO = "liger_kernel.transformers", "liger_kernel.chunked_loss:LigerFusedLinearDPOLoss"
+CCE = "cut_cross_entropy:linear_cross_entropy"
 LINEAR_DPO = Operation(
     "linear_dpo_loss",
     "`linear_dpo_loss`: DPO from hidden states, live reference, forward and backward",
     lambda o: {"sequences": 2, "tokens": o.tokens, "H": o.hidden_size, "V": o.vocab_size},
-    lambda o: random_problem(o, (2, o.tokens // 2), o.vocab_size),
+    random_problem,
     {
         OURS: loss(ours_linear_dpo),
-        EAGER: loss(eager),
-        COMPILED: compiled(eager),
+        **PLAIN,
         "TRL fused head": loss(trl_fused_head, peer=TRL_HEAD),
         f"{OURS}, trained head": loss(ours_linear_dpo, TRAINED_HEAD),
         "eager, trained head": loss(eager, TRAINED_HEAD),
@@ -204,11 +196,10 @@ LINEAR_LOGPS = Operation(
     "linear_token_logps",
     "`linear_token_logps`: sum of log-probs from hidden states, policy only, forward and backward",
     lambda o: {"tokens": o.policy_tokens, "H": o.hidden_size, "V": o.vocab_size},
-    lambda o: random_problem(o, (o.policy_tokens,), o.vocab_size, reference=False),
+    random_problem,
     {
         OURS: loss(lambda p: objective(p, lambda rows: bpo_fast.linear_token_logps(rows, p.head, p.targets))),
-        EAGER: loss(eager),
-        COMPILED: compiled(eager),
+        **PLAIN,
         "TRL fused head": loss(trl_fused_head, peer=TRL_HEAD),
         "torch linear_cross_entropy": loss(linear_ce),
         "torch linear_cross_entropy, chunked": loss(
@@ -216,49 +207,45 @@ LINEAR_LOGPS = Operation(
         ),
         "cut-cross-entropy, torch_compile": loss(partial(linear_ce, impl="torch_compile"), peer=CCE, compiles=True),
         "cut-cross-entropy": loss(partial(linear_ce, impl="cce"), peer=CCE, cuda_only=True),
-        "Liger fused linear CE": loss(liger_linear_ce, peer=LIGER_LINEAR_CE, cuda_only=True),
+        "Liger fused linear CE": loss(
+            liger_linear_ce, peer=f"{LIGER}:LigerFusedLinearCrossEntropyLoss", cuda_only=True
+        ),
         FLOOR: Candidate(products, IS_FLOOR),
     },
 )
 DPO = Operation(
     "dpo_loss",
     "`dpo_loss`: DPO from logits, live reference, forward and backward",
-    lambda o: dict(zip(("sequences", "tokens", "V"), o.logits_shape, strict=True)),
-    lambda o: random_problem(o, o.logits_shape[:2], o.logits_shape[2], head=False),
+    lambda o: {
+        "sequences": o.logits_shape[0],
+        "tokens": o.logits_shape[0] * o.logits_shape[1],
+        "V": o.logits_shape[2],
+    },
+    random_problem,
     {
         OURS: loss(ours_dpo),
-        f"{OURS}, in place": loss(lambda p: ours_dpo(p, inplace_backward=True), IN_PLACE),
-        EAGER: loss(eager),
-        COMPILED: compiled(eager),
-        "Liger CE, in place": loss(liger_dpo, IN_PLACE, LIGER_CE, cuda_only=True),
+        f"{OURS}, in place": loss(partial(ours_dpo, inplace_backward=True), IN_PLACE),
+        **PLAIN,
+        "Liger CE, in place": loss(liger_dpo, IN_PLACE, f"{LIGER}:LigerCrossEntropyLoss", cuda_only=True),
         # What must be moved: the policy read twice, the reference read once, the gradient written once.
         FLOOR: Candidate(lambda p: copies(p.rows.detach(), p.ref_rows), IS_FLOOR),
     },
 )
-
-
-def few_rows(number):
-    """Few rows over a large vocabulary, as in scoring while decoding: forward only."""
-    return Operation(
-        f"token_logps, {number} row{'s' if number > 1 else ''}",
-        "`token_logps`: log-probs of few rows from logits, forward",
-        lambda o: {"rows": number, "V": o.vocab_size},
-        lambda o: random_problem(o, (number,), o.vocab_size, head=False, reference=False, differentiable=False),
-        {
-            OURS: loss(lambda p: objective(p, lambda rows: bpo_fast.token_logps(rows, p.targets))),
-            EAGER: loss(eager),
-            COMPILED: compiled(eager),
-            "F.cross_entropy": loss(lambda p: lambda: F.cross_entropy(p.rows.float(), p.targets, reduction="sum")),
-            "TRL selective_log_softmax": loss(trl_selective, peer=TRL_LOGPS),
-            # Half the logits read and written are what must be read.
-            FLOOR: Candidate(lambda p: copies(p.rows.flatten()[: p.rows.numel() // 2]), IS_FLOOR),
-        },
-        calls=50,
-        with_peak=False,
-    )
+LOGPS = {
+    OURS: loss(lambda p: objective(p, lambda rows: bpo_fast.token_logps(rows, p.targets))),
+    **PLAIN,
+    "F.cross_entropy": loss(lambda p: lambda: F.cross_entropy(p.rows.float(), p.targets, reduction="sum")),
+    "TRL selective_log_softmax": loss(lambda p, trl: objective(p, lambda rows: trl(rows, p.targets)), peer=TRL_LOGPS),
+    # Half the logits read and written are what must be read.
+    FLOOR: Candidate(lambda p: copies(p.rows.flatten()[: p.rows.numel() // 2]), IS_FLOOR),
+}
 
 
 def operations(options):
-    """{name: operation}, in the order in which they are measured."""
-    found = [LINEAR_DPO, LINEAR_LOGPS, DPO, *map(few_rows, options.decode_rows)]
-    return {operation.name: operation for operation in found}
+    """{name: operation}, in the order in which they are measured; the last with few rows, as scored while decoding."""
+    found = {operation.name: operation for operation in (LINEAR_DPO, LINEAR_LOGPS, DPO)}
+    for number in options.decode_rows:
+        name, what = f"token_logps, {number} row{'s' * (number > 1)}", "`token_logps`: log-probs of few rows, forward"
+        shape = partial(lambda number, o: {"rows": number, "V": o.vocab_size}, number)
+        found[name] = Operation(name, what, shape, random_problem, LOGPS, calls=50, with_peak=False)
+    return found

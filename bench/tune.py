@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 import triton
-from bpo_fast.kernels.sequence_logps_backward import launch_sequence_logps_backward
 from measure import add_ratios
 from results import Results
 
 from bpo_fast.kernels.sequence_logps import launch_sequence_logps
+from bpo_fast.kernels.sequence_logps_backward import launch_sequence_logps_backward
 from bpo_fast.kernels.unit_gradient import launch_unit_gradient
 
 COLUMNS, UNROLLS, WARPS, SPLITS = [2**k for k in range(9, 15)], (1, 2, 4), (1, 2, 4, 8, 16), [2**k for k in range(7)]
