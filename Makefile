@@ -25,7 +25,9 @@ aot: $(INSTALLED)
 bench: $(INSTALLED)
 	$(VENV)/bin/python bench/throughput.py
 	$(VENV)/bin/python bench/kernels.py
+	$(VENV)/bin/python bench/kernels.py --sweep
 	$(VENV)/bin/python bench/noise.py
+	$(VENV)/bin/python bench/noise.py --dtype bfloat16
 	$(VENV)/bin/python bench/tables.py
 
 # The stamp is newer than what the extension and the dependencies are made from, or the install runs again.

@@ -1,146 +1,191 @@
-"""Timing, memory and environment for every benchmark in this folder.
-
-Benchmarks are scripts run from the repository root (`python bench/kernels.py`), so they import this file as
-`from measure import interleaved, environment, write_json, summary, peak_memory`.
-"""
+"""Time and memory of the candidates for an operation (ours, peers, floors), measured side by side."""
 
 import gc
-import json
-import os
-import platform
+import re
 import statistics
 import subprocess
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
 
-RESULTS = Path(__file__).resolve().parent / "results"
-_PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "liger-kernel", "numpy")
+# How far a candidate's loss (relative, or absolute below 1) and gradient (relative, Euclidean norm) may be from plain
+# PyTorch's in float64. A loss compares sums of a thousand log-probs, about -12,000, of which float32 keeps 1e-3. In 16
+# bits, logits of about 4 are rounded by 1e-2.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 5e-2}
+EAGER, COMPILED, FLOOR, IS_FLOOR = "eager", "torch.compile", "floor", {"is_floor": True}
 
 
-def _synchronise():
+def synchronise():
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-def interleaved(functions, warmup=2, repeats=10):
-    """Time `functions` (name -> callable without arguments) in turn: every repeat runs each of them once.
+def interleaved(functions, warmup, repeats, calls, progress):
+    """Time `functions` (name -> callable without arguments) in turn: every repeat runs each of them `calls` times.
 
     Interleaving spreads a slow minute of the machine over all candidates instead of over one. The order is rotated
-    from repeat to repeat, so that nobody always runs behind the same neighbour. CUDA is synchronised around each call.
-    Returns name -> list of `repeats` wall times in seconds.
+    from repeat to repeat, so that none always runs behind the same neighbour. CUDA is synchronised around each.
+    Returns name -> list of `repeats` wall times of one call in seconds.
     """
-    names = list(functions)
-    for _ in range(warmup):
-        for name in names:
-            functions[name]()
-    samples = {name: [] for name in names}
-    for repeat in range(repeats):
-        shift = repeat % len(names)
+    names, samples = list(functions), {name: [] for name in functions}
+    for repeat in range(-warmup, repeats):
+        shift = repeat % max(1, len(names))
         for name in names[shift:] + names[:shift]:
             gc.collect()
-            _synchronise()
+            synchronise()
             start = time.perf_counter()
-            functions[name]()
-            _synchronise()
-            samples[name].append(time.perf_counter() - start)
+            for _ in range(calls):
+                functions[name]()
+            synchronise()
+            if repeat >= 0:
+                samples[name].append((time.perf_counter() - start) / calls)
+            progress.update()
     return samples
 
 
-def summary(samples):
-    """Median, minimum and maximum of one list of samples, in the samples' unit."""
-    return {"median": statistics.median(samples), "min": min(samples), "max": max(samples)}
+def summary(seconds):
+    """What a row keeps of its samples."""
+    spread = {"quartiles": np.quantile(seconds, [0.25, 0.75]).tolist(), "min": min(seconds), "max": max(seconds)}
+    return {"seconds": seconds, "median": statistics.median(seconds)} | spread
 
 
-def _cpu_model():
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
+def add_ratios(rows, reference, floor=None):
+    """Give rows their time and memory over the reference row's, and their time over row["floor"]'s or `floor`'s."""
+    for row in rows.values():
+        kinds = [("time_ratio", "median", reference), ("peak_ratio", "peak_bytes", reference)]
+        for ratio, key, other in [*kinds, ("floor_ratio", "median", row.get("floor", floor))]:
+            below = rows.get(other, {}).get(key)
+            if below and key in row:
+                row[ratio] = row[key] / below
 
 
-def _package_version(name):
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+def status_bytes(field):
+    """A field of Linux' /proc/self/status: VmRSS is what is resident now, VmHWM the most that ever was."""
+    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
-def _commit():
-    command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+def process_peak(device):
+    """Peak memory of this process so far, in bytes: allocated on CUDA, resident on the CPU."""
+    return torch.cuda.max_memory_allocated() if device == "cuda" else status_bytes("VmHWM")
 
 
-def environment():
-    """What a figure depends on: device, processor, threads, load, package versions and commit (None if unknown)."""
-    return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
-        "python": platform.python_version(),
-        "versions": {name: _package_version(name) for name in _PACKAGES},
-        "commit": _commit(),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-
-
-def write_json(path, payload):
-    """Write `payload` as JSON to `path`: under a temporary name first, so that no half-written file is ever left."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(payload, indent=2) + "\n")
-    os.replace(temporary, path)
-
-
-def _status_bytes(field):
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no field {field}; peak memory is measured on Linux only")
-
-
-def process_peak():
-    """Peak resident memory of this process so far, in bytes (Linux)."""
-    return _status_bytes("VmHWM")
-
-
-def extra_peak(function, device="cpu"):
-    """Peak memory of `function()` above what was held before, in bytes: allocated on CUDA, resident on the CPU.
-
-    On the CPU (Linux) the kernel keeps one high-water mark a process; it is reset through /proc/self/clear_refs first.
-    """
+def extra_peak(function, device):
+    """Peak memory of `function()` above what was held before, in bytes."""
     gc.collect()
-    if device != "cpu":
-        torch.cuda.synchronize()
+    synchronise()
+    if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status_bytes("VmRSS")
+    else:  # Linux keeps one high-water mark a process, which this resets
+        Path("/proc/self/clear_refs").write_text("5")
+    before = torch.cuda.memory_allocated() if device == "cuda" else status_bytes("VmRSS")
     function()
-    return process_peak() - before
+    synchronise()
+    return process_peak(device) - before
 
 
-def peak_memory(script, *arguments):
-    """Run `script` with `arguments` in a fresh Python process and return the last line it prints, as an int.
+def fresh_peak(*command):
+    """What a script prints last, as an int, in a fresh Python process.
 
-    The script makes its inputs, then prints `extra_peak(step)`: a fresh process a candidate, because freed memory that
-    an allocator keeps would hide the next candidate's peak.
+    One for each candidate, because freed memory that an allocator keeps would hide the next candidate's peak.
     """
-    command = [sys.executable, str(script), *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, *command], capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with code {result.returncode}:\n{result.stderr}")
-    return int(result.stdout.strip().splitlines()[-1])
+    return int(result.stdout.split()[-1])
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to do an operation: `setup(problem)` imports what it needs and returns its step.
+
+    `row` is what its row in the results begins with: "is_floor"; "floor", the name of its own one; "variant", what it
+    does besides, as it is compared with candidates of the same variant only.
+    """
+
+    setup: object
+    row: dict = field(default_factory=dict)
+    package: str | None = None
+    cuda_only: bool = False
+    compiles: bool = False
+
+    def first_step(self, problem, options, expected):
+        """The row that its first step begins, and its step; None for the step if it cannot run here."""
+        if self.package and find_spec(self.package) is None:
+            return self.row | {"missing": f"{self.package} is not installed"}, None
+        if self.cuda_only and options.device != "cuda":
+            return self.row | {"missing": "CUDA only"}, None
+        try:
+            step = self.setup(problem)
+            result = step()
+        except Exception as error:  # out of memory, or a peer that does not support the shape: said in the table
+            first_line = (str(error).splitlines() or [""])[0]
+            return self.row | {"missing": f"failed: {type(error).__name__}: {first_line}"[:200]}, None
+        if expected is None or "is_floor" in self.row:
+            return dict(self.row), step
+        return self.row | errors(result, expected, TOLERANCE[options.dtype]), step
+
+
+def errors(result, expected, tolerance):
+    """Errors of (loss, gradient or None): relative, of losses below 1 absolute; and whether they are tolerable."""
+    (loss, gradient), (expected_loss, expected_gradient) = result, expected
+    loss_error = (loss.double() - expected_loss.double()).abs().item() / max(1.0, abs(expected_loss.item()))
+    gradient_error = None
+    if expected_gradient is not None:
+        distance = torch.linalg.vector_norm(gradient.double().sub_(expected_gradient))
+        gradient_error = (distance / torch.linalg.vector_norm(expected_gradient)).item()
+    agrees = max(loss_error, gradient_error or 0.0) <= tolerance
+    return {"loss": loss.item(), "loss_error": loss_error, "gradient_error": gradient_error, "agrees": agrees}
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What one group measures: `shape(options)` its sizes, `problem(options, shape)` its tensors, name -> candidate.
+
+    `calls`: how often a timed step does it. `with_peak`: whether memory is measured. `compared`: whether steps return
+    (loss, gradient or None), which are compared with those of EAGER on `problem.in_float64()`.
+    """
+
+    name: str
+    what: str
+    shape: object
+    problem: object
+    candidates: dict
+    calls: int = 1
+    with_peak: bool = True
+    compared: bool = True
+
+    def job(self, options, names=None, peak_command=()):
+        """As `Results.run` takes it: the most steps of the progress bar, and what measures the group.
+
+        `peak_command`: the script and arguments to which `--peak OPERATION CANDIDATE` is added for a fresh process.
+        """
+        names = names or self.candidates
+        steps = len(names) * (1 + options.warmup + options.repeats + self.with_peak)
+        return steps, lambda progress: self.measure(options, names, peak_command, progress)
+
+    def measure(self, options, names, peak_command, progress):
+        shape, rows, steps = self.shape(options), {}, {}
+        problem = self.problem(options, shape)
+        expected = self.candidates[EAGER].setup(problem.in_float64())() if self.compared else None
+        for name in names:
+            rows[name], step = self.candidates[name].first_step(problem, options, expected)
+            steps |= {name: step} if step else {}
+            progress.update()
+        del expected
+        for name, seconds in interleaved(steps, options.warmup, options.repeats, self.calls, progress).items():
+            rows[name] |= summary(seconds)
+        measured = list(steps)
+        del steps, step, problem
+        if options.device == "cuda":
+            torch.cuda.empty_cache()
+        for name in measured if self.with_peak else ():
+            if "is_floor" not in rows[name]:
+                rows[name]["peak_bytes"] = fresh_peak(*peak_command, "--peak", self.name, name)
+                progress.update()
+        add_ratios(rows, EAGER, FLOOR)
+        return {"what": self.what, "shape": shape, "reference": EAGER, "rows": rows}

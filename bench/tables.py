@@ -1,147 +1,108 @@
-"""Put the figures of bench/results/ into the README's tables: `python bench/tables.py`.
+"""Put the figures of bench/results/ into docs/benchmarks.md, all, and the README, a few: `python bench/tables.py`.
 
-Between `<!-- begin NAME -->` and `<!-- end NAME -->` stands what `NAME` below makes of its newest result files, and
-nothing that was typed by hand. `--check` changes nothing and ends with code 1 if the README is behind.
+Between `<!-- begin figures -->` and `<!-- end figures -->` stands what is made here of the result files, and nothing
+that was typed by hand. `--check` changes nothing and ends with code 1 if a file is behind.
 """
 
 import argparse
 import json
-import os
 import re
 import sys
 
-from measure import RESULTS
+import charts
+import report
+from results import REPOSITORY
 
-README = RESULTS.parents[1] / "README.md"
+from bpo_fast.runs.files import replacing
 
-
-def caption(result, what):
-    found = result["environment"]
-    versions = ", ".join(f"{name} {found['versions'][name]}" for name in ("torch", "trl", "liger-kernel"))
-    return f"{what}. {found['cpu']}, {found['threads']} threads, {versions}; {found['time'][:10]}, {found['commit']}."
-
-
-def table(header, rows):
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
-
-
-def throughput(result):
-    setup = result["setup"]
-    tokens = (setup["image_size"] // setup["patch_size"]) ** 2
-    what = (
-        f"Training, {setup['pairs']} pairs a step, LLaVA with {tokens} image tokens, V = {setup['vocab_size']:,}, "
-        f"responses of about {setup['response_tokens']} tokens, LoRA r = {setup['lora_r']}, live reference, fp32"
-    )
-    rows = [
-        [
-            row["trainer"],
-            f"{row['pairs_per_second']:.3f}",
-            f"{row['speed_over_trl']:.2f}x",
-            f"{row['peak_mib']:,.0f}",
-            f"{row['memory_over_trl']:.2f}x",
-        ]
-        for row in result["table"]
-    ]
-    header = ["trainer", "pairs/s", "over TRL", "peak MiB", "of TRL's"]
-    return f"{caption(result, what)}\n\n{table(header, rows)}\n\n![throughput](bench/results/throughput-cpu.png)"
-
-
-def time_cells(row):
-    """Median and quartiles in a unit that suits them."""
-    factor, unit = (1, "s") if row["median"] >= 0.1 else (1e3, "ms")
-    low, high = (f"{factor * value:.3g}" for value in row["quartiles"])
-    return f"{factor * row['median']:.3g} {unit}", f"{low} - {high}"
-
-
-def kernel_line(name, row):
-    if "missing" in row:
-        return [name, row["missing"].split(":")[0], "", "", "", "", ""]
-    mark = "" if row.get("agrees", True) else " (**differs** from plain PyTorch)"
-    peak = row.get("peak_bytes")
-    return [
-        name + mark,
-        *time_cells(row),
-        f"{row['time_ratio']:.2f}x" if "time_ratio" in row else "",
-        f"{row['floor_ratio']:.2f}x" if "floor_ratio" in row else "",
-        "" if peak is None else f"{peak / 2**20:,.0f}",
-        f"{row['peak_ratio']:.3f}x" if "peak_ratio" in row else "",
-    ]
-
-
-def decode_table(levels):
-    """One table of all numbers of rows: names down, rows across."""
-    names = list(next(iter(levels.values()))["rows"])
-    lines = []
-    for name in names:
-        rows = [level["rows"][name] for level in levels.values()]
-        cells = [row["missing"].split(":")[0] if "missing" in row else f"{1e3 * row['median']:.3g}" for row in rows]
-        agrees = all(row.get("agrees", True) for row in rows)
-        lines.append([name if agrees else f"{name} (**differs** from plain PyTorch)", *cells])
-    return table(["milliseconds", *(title.removeprefix("token_logps, ") for title in levels)], lines)
-
-
-def kernels(result):
-    settings, parts = result["settings"], []
-    decode = {title: level for title, level in result["levels"].items() if title.startswith("token_logps, ")}
-    for title, level in result["levels"].items():
-        if title in decode:
-            continue
-        sizes = ", ".join(f"{name} {size:,}" for name, size in level["shape"].items())
-        what = f"`{title}`: {level['what']}; {sizes}, {settings['dtype']}"
-        header = ["", "median", "quartiles", "of eager's", "of the floor", "extra peak MiB", "of eager's"]
-        lines = [kernel_line(name, row) for name, row in level["rows"].items()]
-        parts.append(f"{caption(result, what)}\n\n{table(header, lines)}")
-    if decode:
-        first = next(iter(decode.values()))
-        what = f"`token_logps`: {first['what']}; V {first['shape']['V']:,}, {settings['dtype']}"
-        parts.append(f"{caption(result, what)}\n\n{decode_table(decode)}")
-    return "\n\n".join(parts)
-
-
-def sweep(result):
-    settings = result["settings"]
-    what = f"`linear_dpo_loss` over tokens and over vocabulary, forward and backward, {settings['dtype']}"
-    return f"{caption(result, what)}\n\n![time and memory](bench/results/kernels-sweep-cpu.png)"
-
-
-def noise(result):
-    what = f"Noise on {result['shape']} {result['dtype']}"
-    rows = [
-        [f"`{name}`", f"{1000 * times['median']:.0f}", f"{result['speedup_over_eager'][name]:.1f}x"]
-        for name, times in result["summary_s"].items()
-    ]
-    return f"{caption(result, what)}\n\n{table(['', 'milliseconds', 'speed over eager'], rows)}"
-
-
-TABLES = {
-    "throughput": ("throughput-cpu.json", throughput),
-    "kernels": ("kernels-cpu.json", kernels),
-    "sweep": ("kernels-sweep-cpu.json", sweep),
-    "noise": ("noise-cpu-float32.json", noise),
+FIGURES = re.compile(r"(<!-- begin figures -->\n).*?(<!-- end figures -->)", re.DOTALL)
+# What the README shows beside the best peer: (bench, group) -> its name there.
+HEADLINES = {
+    ("throughput", "training"): "training step",
+    ("kernels", "linear_dpo_loss"): "linear_dpo_loss",
+    ("kernels", "dpo_loss"): "dpo_loss",
+    ("noise", "one level"): "add_noise",
 }
 
 
-def main(argv=None):
+def load(folder):
+    """{device: {file stem: result}}, GPUs first."""
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        if not path.name.endswith(".partial.json"):
+            result = json.loads(path.read_text())
+            found.setdefault(result["environment"]["device"], {})[path.stem] = result
+    return dict(sorted(found.items(), key=lambda item: item[0] == "cpu"))
+
+
+def details(devices):
+    """Every table and chart."""
+    for device, results in devices.items():
+        yield f"## Figures on {'a CPU' if device == 'cpu' else device}"
+        for stem, result in results.items():
+            chart = "" if result["bench"] == "tuning" else f"\n\n![{stem}](../bench/results/{stem}.png)"
+            yield f"### {stem}\n\n{report.caption(result)}{chart}\n\n{report.text(result)}"
+
+
+def headlines(results):
+    """{name: group of ours and its fastest peer}; of several results with that group the last."""
+    found = {}
+    for (bench, title), name in HEADLINES.items():
+        for rows in [
+            result["groups"].get(title, {"rows": {}})["rows"] for result in results if result["bench"] == bench
+        ]:
+            ours = next((row for row in rows if row.startswith(report.OURS)), None)
+            for peer, row in list(report.peers_of(rows, ours).items())[:1]:
+                found[name] = {"rows": {ours: rows[ours], peer: row}}
+    return found
+
+
+def overview(devices):
+    """The README's small table a device, and the chart of the first device."""
+    for number, (device, results) in enumerate((device, found.values()) for device, found in devices.items()):
+        lines = []
+        for name, group in headlines(results).items():
+            (_, ours), (peer, other) = group["rows"].items()
+            cells = [name, peer]
+            for key in ("median", "peak_bytes"):
+                words, both = report.COLUMNS[key][1], key in ours and key in other
+                cells += [words(ours[key]), words(other[key]), f"{ours[key] / other[key]:.2g}x"] if both else [""] * 3
+            lines.append(cells)
+        where = "a CPU" + "; there are none on a GPU yet" * (len(devices) == 1) if device == "cpu" else device
+        yield f"Figures on {where}. {report.caption(*results)} Lower is better, in all columns."
+        yield report.table(["", "best peer", "time", "peer's", "ratio", "peak MiB", "peer's", "ratio"], lines)
+        if not number:
+            yield "![beside the best peer](bench/results/overview.png)"
+        groups = [group for result in results for group in result["groups"].values()]
+        slower = [group for group in groups if any(word == "time" for _, word, _ in report.ahead(group["rows"]))]
+        if names := ", ".join(dict.fromkeys(group["what"].split(":")[0] for group in slower)):
+            yield f"A peer is faster than ours in: {names}; [all figures](docs/benchmarks.md) say which."
+
+
+def main(arguments, repository=REPOSITORY):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing; end with code 1 if something would be")
-    arguments = parser.parse_args(argv)
-    before = text = README.read_text()
-    for name, (file, make) in TABLES.items():
-        path = RESULTS / file
-        if not path.exists():
-            print(f"{path} is missing; run its benchmark first", file=sys.stderr)
-            continue
-        made = make(json.loads(path.read_text()))
-        pattern = re.compile(f"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
-        text = pattern.sub(lambda match, made=made: f"{match[1]}\n{made}\n\n{match[2]}", text)
-    if arguments.check:
-        return int(text != before)
-    temporary = README.with_name(f".{README.name}")
-    temporary.write_text(text)
-    os.replace(temporary, README)
-    return 0
+    check = parser.parse_args(arguments).check
+    folder = repository / "bench/results"
+    devices, behind = load(folder), False
+    if not check:
+        for stem, result in (item for results in devices.values() for item in results.items()):
+            charts.draw(folder / f"{stem}.png", result)
+        if groups := headlines(next(iter(devices.values()), {}).values()):
+            charts.draw(folder / "overview.png", {"bench": "overview", "settings": {}, "groups": groups})
+    for name, parts in {"docs/benchmarks.md": details(devices), "README.md": overview(devices)}.items():
+        before, body = (repository / name).read_text(), "\n\n".join(parts)
+        after, number = FIGURES.subn(lambda match, body=body: f"{match[1]}\n{body}\n\n{match[2]}", before)
+        if not number:
+            return f"{name}: found no '<!-- begin figures -->' with its end, expected one to write the figures behind."
+        if after != before:
+            behind = True
+            print(f"{name}: {'behind bench/results; run python bench/tables.py.' if check else 'written.'}")
+        if not check:
+            with replacing(repository / name) as file:
+                file.write(after)
+    return int(check and behind)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

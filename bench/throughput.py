@@ -1,224 +1,167 @@
-"""Training throughput and peak memory of BPOTrainer beside TRL's DPOTrainer, step by step in turns.
+"""Training throughput and peak memory of BPOTrainer beside TRL's DPOTrainer: `python bench/throughput.py`.
 
-    python bench/throughput.py
-
-Each trainer lives in a process of its own (so that peak memory is its own) and runs its real training loop; a step
-is let go only when the other process is idle. The same random LLaVA, pairs, seed, LoRA and batches on both sides.
-Prints a table; writes results/throughput-<device>.json and .png.
+Each trainer lives in a process of its own (so that peak memory is its own) and runs its real training loop; a step is
+let go only when the other process is idle. The same random LLaVA, pairs, seed, LoRA and batches on both sides.
 """
 
 import argparse
-import json
+import multiprocessing
 import os
-import shutil
-import subprocess
+import random
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 
-from measure import RESULTS, environment, process_peak, summary, write_json
+import torch
+from measure import add_ratios, process_peak, summary, synchronise
+from results import Results
 
-# Trainer and whether activations are recomputed in the backward pass, which both trainers do by default.
-VARIANTS = {
-    "TRL DPOTrainer": ("trl", True),
-    "bpo-fast BPOTrainer": ("bpo_fast", True),
-    "TRL DPOTrainer, no checkpointing": ("trl", False),
-    "bpo-fast BPOTrainer, no checkpointing": ("bpo_fast", False),
+from bpo_fast.demo.tiny_llava import CHECKPOINT
+
+# Where each one's Trainer and Config are.
+TRAINERS = {"bpo_fast BPOTrainer": "bpo_fast:BPO", "TRL DPOTrainer": "trl:DPO"}
+TEXT = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8}
+SIZES = TEXT | {
+    "vocab_size": 32064,
+    "image_size": 336,
+    "patch_size": 14,
+    "vision_hidden_size": 256,
+    "vision_layers": 8,
 }
+TRAINING = {"learning_rate": 1e-4, "max_length": 2048, "logging_steps": 1, "save_strategy": "no", "report_to": "none"}
+LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
-def parse_arguments(argv=None):
+def parse(arguments):
+    cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--steps", type=int, default=5, help="timed steps of each trainer, after one that is not timed"
-    )
+    parser.set_defaults(device="cuda" if cuda else "cpu", dtype="bfloat16 autocast" if cuda else "float32")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of each trainer, after one that is not")
     parser.add_argument("--pairs", type=int, default=2, help="preference pairs a step")
     parser.add_argument("--response-tokens", type=int, default=100, help="mean tokens of a response")
     parser.add_argument("--lora-r", type=int, default=64, help="LoRA rank")
-    parser.add_argument("--worker", choices=VARIANTS, help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--output", type=Path, help="JSON path (default: below bench/results); the chart lies beside it"
+    )
+    for name, size in SIZES.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=size)
+    return parser.parse_args(arguments)
 
 
-def work(arguments):
-    """One trainer: answers every line on standard input with one training step and its time in seconds."""
-    import torch
+def make_llava(options):
+    """The demo's LLaVA at the sizes of `options`, of random weights in float32; and its processor."""
+    from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
+
+    config, processor = LlavaConfig.from_pretrained(CHECKPOINT), AutoProcessor.from_pretrained(CHECKPOINT)
+    text = {name: getattr(options, name) for name in (*TEXT, "vocab_size")} | {"max_position_embeddings": 4096}
+    heads, width, side = options.num_attention_heads, options.vision_hidden_size, options.image_size
+    config.text_config.update(text | {"num_key_value_heads": heads, "head_dim": options.hidden_size // heads})
+    vision = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": max(1, width // 64)}
+    images = {"image_size": side, "patch_size": options.patch_size, "num_hidden_layers": options.vision_layers}
+    config.vision_config.update(vision | images)
+    config.image_seq_length = (side // options.patch_size) ** 2
+    processor.patch_size = options.patch_size
+    processor.image_processor.size = {"shortest_edge": side}
+    processor.image_processor.crop_size = {"height": side, "width": side}
+    torch.manual_seed(0)
+    return LlavaForConditionalGeneration(config), processor
+
+
+def make_pairs(options, tokenizer):
+    """Pairs in TRL's columns: noise images, a question, responses of 70 to 130 % of the mean number of tokens."""
+    from PIL import Image
+
+    rng, side, mean = random.Random(0), options.image_size, options.response_tokens
+    words = sorted(token[1:] for token in tokenizer.get_vocab() if token[0] == "Ġ" and token[1:].isalpha())
+
+    def turn(role, low, high, *parts):
+        text = " ".join(rng.choices(words, k=rng.randint(low, high)))
+        return [{"role": role, "content": [*parts, {"type": "text", "text": text}]}]
+
+    pairs = []
+    for _ in range(options.pairs * (options.steps + 1)):
+        image = Image.frombytes("RGB", (side, side), rng.randbytes(3 * side * side))
+        prompt = turn("user", 30, 30, {"type": "image"})
+        chosen, rejected = (turn("assistant", round(0.7 * mean), round(1.3 * mean)) for _ in range(2))
+        pairs.append({"images": [image], "prompt": prompt, "chosen": chosen, "rejected": rejected})
+    return pairs
+
+
+def work(connection, prefix, checkpointing, options):
+    """One trainer: each message is answered with a training step, (seconds, peak bytes); the last with the losses."""
+    os.dup2(2, 1)  # what libraries print is no table
     from datasets import Dataset
-    from llava_shapes import Shape, make_model, make_pairs, make_processor
     from peft import LoraConfig
     from transformers import TrainerCallback
 
-    library, checkpointing = VARIANTS[arguments.worker]
-    if library == "trl":
-        from trl import DPOConfig as Config
-        from trl import DPOTrainer as TrainerClass
-    else:
-        from bpo_fast import BPOConfig as Config
-        from bpo_fast import BPOTrainer as TrainerClass
-
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the libraries print is no answer
-
     class StepOnDemand(TrainerCallback):
-        started = None
-
-        def on_train_begin(self, args, state, control, **kwargs):
-            self.wait()
-
-        def on_step_end(self, args, state, control, **kwargs):
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            seconds = time.perf_counter() - self.started
-            print(json.dumps({"seconds": seconds, "peak": process_peak()}), file=answers, flush=True)
-            self.wait()
-
-        def wait(self):
-            sys.stdin.readline()
+        def on_train_begin(self, *_, **__):
+            connection.recv()
             self.started = time.perf_counter()
 
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            if "loss" in logs:
-                self.losses = [*getattr(self, "losses", []), float(logs["loss"])]
+        def on_step_end(self, *_, **__):
+            synchronise()
+            connection.send((time.perf_counter() - self.started, process_peak(options.device)))
+            self.on_train_begin()
 
-    shape = Shape()
-    steps = arguments.steps + 1
-    output_dir = tempfile.mkdtemp(prefix="throughput-")
-    trainer = TrainerClass(
-        model=make_model(shape),
-        args=Config(
-            output_dir=output_dir,
-            per_device_train_batch_size=arguments.pairs,
-            max_steps=steps,
-            learning_rate=1e-4,
-            max_length=2048,
-            gradient_checkpointing=checkpointing,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            bf16=torch.cuda.is_available(),
-        ),
-        train_dataset=Dataset.from_list(make_pairs(shape, steps * arguments.pairs, arguments.response_tokens)),
-        processing_class=make_processor(shape),
-        peft_config=LoraConfig(
-            r=arguments.lora_r,
-            lora_alpha=2 * arguments.lora_r,
-            target_modules=r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)",
-        ),
-        callbacks=[callback := StepOnDemand()],
-    )
-    trainer.train()
-    shutil.rmtree(output_dir)
-    print(json.dumps({"losses": callback.losses}), file=answers, flush=True)
+    model, processor = make_llava(options)
+    lora = LoraConfig(r=options.lora_r, lora_alpha=2 * options.lora_r, target_modules=LORA_TARGETS)
+    data = Dataset.from_list(make_pairs(options, processor.tokenizer))
+    run = {"max_steps": options.steps + 1, "per_device_train_batch_size": options.pairs, "disable_tqdm": True}
+    run |= {"gradient_checkpointing": checkpointing, "bf16": options.device == "cuda"}
+    with tempfile.TemporaryDirectory() as folder:
+        config = resolve_name(f"{prefix}Config")(output_dir=folder, **TRAINING, **run)
+        parts = {"train_dataset": data, "processing_class": processor, "peft_config": lora}
+        trainer = resolve_name(f"{prefix}Trainer")(model, args=config, callbacks=[StepOnDemand()], **parts)
+        trainer.train()
+    connection.send([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
 
 
-def measure(arguments):
-    """{variant: {"seconds": [...], "peak_bytes": n, "losses": [...]}}"""
-    options = [f"--{name.replace('_', '-')}={getattr(arguments, name)}" for name in ("steps", "pairs", "lora_r")]
-    options.append(f"--response-tokens={arguments.response_tokens}")
-    results = {}
-    # The pairs of processes that are compared run beside each other; two more would only take memory.
-    for checkpointing in (True, False):
-        names = [name for name, (_, recompute) in VARIANTS.items() if recompute is checkpointing]
-        workers = {
-            name: subprocess.Popen(
-                [sys.executable, __file__, "--worker", name, *options],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE if not sys.stderr.isatty() else None,
-                text=True,
-            )
-            for name in names
-        }
-        samples = {name: [] for name in names}
-        for step in range(arguments.steps + 1):
-            for name in names if step % 2 else reversed(names):
-                answer = ask(workers[name], name)
-                results[name] = {"peak_bytes": answer["peak"]}
-                if step:
-                    samples[name].append(answer["seconds"])
-                print(f"step {step}/{arguments.steps}  {answer['seconds']:7.2f} s  {name}", file=sys.stderr)
-        for name, worker in workers.items():
-            results[name] |= {"seconds": samples[name], "losses": ask(worker, name)["losses"]}
-            worker.communicate()
-    return results
+def ask(connection, name):
+    try:
+        connection.send(None)
+        return connection.recv()
+    except (EOFError, OSError):
+        raise SystemExit(f"{name}: found that its process ended, expected an answer; see its error above.") from None
 
 
-def ask(worker, name):
-    worker.stdin.write("\n")
-    worker.stdin.flush()
-    line = worker.stdout.readline()
-    if not line:
-        raise SystemExit(f"{name} stopped with code {worker.wait()}:\n{worker.stderr.read() if worker.stderr else ''}")
-    return json.loads(line)
+def measure(checkpointing, options, progress):
+    """The group of both trainers; two more processes beside them would only take memory."""
+    context, connections, answers = multiprocessing.get_context("spawn"), {}, {name: [] for name in TRAINERS}
+    for name, prefix in TRAINERS.items():
+        connections[name], theirs = context.Pipe()
+        context.Process(target=work, args=(theirs, prefix, checkpointing, options), daemon=True).start()
+        theirs.close()
+    for step in range(options.steps + 1):
+        for name in list(TRAINERS)[:: 1 if step % 2 else -1]:
+            answers[name].append(ask(connections[name], name))
+            progress.update()
+    rows = {name: summary([seconds for seconds, _ in answers[name][1:]]) for name in TRAINERS}
+    for name, row in rows.items():
+        row |= {"pairs_per_second": options.pairs / row["median"], "peak_bytes": answers[name][-1][1]}
+        row["losses"] = ask(connections[name], name)
+    add_ratios(rows, "TRL DPOTrainer")
+    what = f"A training step {'with' if checkpointing else 'without'} gradient checkpointing: LLaVA with LoRA, "
+    what += "live reference; peak memory is the process's"
+    shape = {
+        "pairs": options.pairs,
+        "image tokens": (options.image_size // options.patch_size) ** 2,
+        "LoRA r": options.lora_r,
+    }
+    shape |= {"response tokens": options.response_tokens, "H": options.hidden_size, "V": options.vocab_size}
+    return {"what": what, "shape": shape, "reference": "TRL DPOTrainer", "rows": rows}
 
 
-def tabulate(results, pairs):
-    rows = []
-    for name, result in results.items():
-        _, checkpointing = VARIANTS[name]
-        peer = next(n for n, variant in VARIANTS.items() if variant == ("trl", checkpointing))
-        seconds = summary(result["seconds"])
-        rows.append(
-            {
-                "trainer": name,
-                "pairs_per_second": pairs / seconds["median"],
-                "seconds_per_step": seconds,
-                "peak_mib": result["peak_bytes"] / 2**20,
-                "speed_over_trl": summary(results[peer]["seconds"])["median"] / seconds["median"],
-                "memory_over_trl": result["peak_bytes"] / results[peer]["peak_bytes"],
-            }
-        )
-    return rows
-
-
-def show(rows):
-    print(f"{'trainer':<40}{'pairs/s':>9}{'s/step':>9}{'peak MiB':>10}{'speed':>8}{'memory':>8}")
-    for row in rows:
-        print(
-            f"{row['trainer']:<40}{row['pairs_per_second']:>9.3f}{row['seconds_per_step']['median']:>9.2f}"
-            f"{row['peak_mib']:>10.0f}{row['speed_over_trl']:>7.2f}x{row['memory_over_trl']:>7.2f}x"
-        )
-
-
-def plot(rows, path):
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained", sharey=True)
-    names = [row["trainer"].replace(", ", ",\n") for row in rows]
-    colours = ["#9aa5b1" if "TRL" in name else "#2563eb" for name in names]
-    columns = (("pairs_per_second", "preference pairs per second"), ("peak_mib", "peak memory of the process, MiB"))
-    for axis, (key, label) in zip(axes, columns, strict=True):
-        bars = axis.barh(names, [row[key] for row in rows], color=colours)
-        axis.bar_label(bars, fmt="%.2f" if key == "pairs_per_second" else "%.0f", padding=3)
-        axis.set_xlabel(label)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.margins(x=0.15)
-    axes[0].invert_yaxis()
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=150, format="png")
-    os.replace(temporary, path)
-
-
-def main():
-    arguments = parse_arguments()
-    if arguments.worker:
-        work(arguments)
-        return
-    from dataclasses import asdict
-
-    from llava_shapes import Shape
-
-    results = measure(arguments)
-    rows = tabulate(results, arguments.pairs)
-    show(rows)
-    setup = {name: value for name, value in vars(arguments).items() if name != "worker"} | asdict(Shape())
-    found = environment()
-    stem = Path(RESULTS) / f"throughput-{found['device'].replace(' ', '-').lower()}"
-    write_json(stem.with_suffix(".json"), {"environment": found, "setup": setup, "table": rows, "samples": results})
-    plot(rows, stem.with_suffix(".png"))
-    print(f"wrote {stem}.json and {stem}.png")
+def main(arguments):
+    options = parse(arguments)
+    # Activations are recomputed in the backward pass or not; both trainers do so by default.
+    groups = {"training": True, "training, no checkpointing": False}
+    jobs = {title: (2 * options.steps + 2, partial(measure, value, options)) for title, value in groups.items()}
+    Results("throughput", vars(options), options.output).run(jobs)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
