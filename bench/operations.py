@@ -170,10 +170,7 @@ def copies(*tensors):
     return lambda: [buffer.copy_(tensor) for tensor in tensors]
 
 
-PLAIN = {
-    EAGER: loss(eager),
-    COMPILED: loss(lambda p: torch.compile(eager(p), dynamic=False), compiles=True),
-}
+PLAIN = {EAGER: loss(eager), COMPILED: loss(lambda p: torch.compile(eager(p), dynamic=False), compiles=True)}
 TRL_HEAD, TRL_LOGPS = "trl.kernels.chunked_logprob:ChunkedLogProbFunction", "trl.trainer.utils:selective_log_softmax"
 LIGER, LIGER_DPO = "liger_kernel.transformers", "liger_kernel.chunked_loss:LigerFusedLinearDPOLoss"
 CCE = "cut_cross_entropy:linear_cross_entropy"

@@ -21,16 +21,7 @@ def log_sigmoid(x):
 
 @triton.jit
 def sigmoid_preference_kernel(
-    logps,
-    ref_logps,
-    num_tokens,
-    loss,
-    rewards,
-    coefficients,
-    num_pairs,
-    beta,
-    label_smoothing,
-    PAIRS: tl.constexpr,
+    logps, ref_logps, num_tokens, loss, rewards, coefficients, num_pairs, beta, label_smoothing, PAIRS: tl.constexpr
 ):
     """One program. loss [] = mean of the pairs' losses; rewards [2B] = beta (logps - ref_logps); coefficients [2B] =
     d loss / d logps.

@@ -23,11 +23,7 @@ def load(name):
 
 @pytest.mark.parametrize(
     ("name", "last_line"),
-    [
-        ("plain_loop", "25 {'loss': 0.1"),
-        ("trl_subclass", "step 8: TRL 0."),
-        ("llava_trainer", "[0.6931, "),
-    ],
+    [("plain_loop", "25 {'loss': 0.1"), ("trl_subclass", "step 8: TRL 0."), ("llava_trainer", "[0.6931, ")],
 )
 def test_a_script_runs(name, last_line, capsys):
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")

@@ -116,13 +116,7 @@ def _run_seed(folder, seed, settings, model_path):
     scores = {method: _evaluate(folder, method, heldout, model_path, processor) for method in ("base", *METHODS)}
     likelihood = _stage(folder / "likelihood.json", lambda: _likelihood(seed, settings, model_path, processor))
     logps = {method: read_json(folder / method / "logps.json") for method in METHODS}
-    return {
-        "seed": seed,
-        "num_pairs": len(pairs),
-        "scores": scores,
-        "logps": logps,
-        "likelihood": likelihood,
-    }
+    return {"seed": seed, "num_pairs": len(pairs), "scores": scores, "logps": logps, "likelihood": likelihood}
 
 
 def _stage(path, make):

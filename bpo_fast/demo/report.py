@@ -114,10 +114,7 @@ def _logps(logps):
 
 def _likelihood(likelihood):
     steps = [step or 0 for step in likelihood["steps"]]
-    lines = {
-        "object in the image": (steps, likelihood["true"]),
-        "typical object": (steps, likelihood["typical"]),
-    }
+    lines = {"object in the image": (steps, likelihood["true"]), "typical object": (steps, likelihood["typical"])}
     draw = partial(
         line_chart,
         lines,

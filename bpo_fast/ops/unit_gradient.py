@@ -41,11 +41,7 @@ def logps_(logits: Tensor, targets: Tensor | None, head: Head, statistics: Tenso
 
 
 def unit_gradient_(
-    logits: Tensor,
-    targets: Tensor | None,
-    head: Head,
-    statistics: Tensor | None = None,
-    scale: Tensor | None = None,
+    logits: Tensor, targets: Tensor | None, head: Head, statistics: Tensor | None = None, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """`logps_`, and their gradient by the logits: scale [n] * (onehot - p) * slope of the final logits, [n, V].
 

@@ -474,14 +474,7 @@ def test_both_trainers_train_on_the_same_batches():
     options, progress = throughput.parse(["--steps=1", "--pairs=1", "--response-tokens=6", *sizes]), Progress()
     found = throughput.measure(True, options, progress)
     assert progress.n == 4
-    assert found["shape"] == {
-        "pairs": 1,
-        "image tokens": 4,
-        "LoRA r": 2,
-        "response tokens": 6,
-        "H": 32,
-        "V": 512,
-    }
+    assert found["shape"] == {"pairs": 1, "image tokens": 4, "LoRA r": 2, "response tokens": 6, "H": 32, "V": 512}
     ours, theirs = found["rows"]["bpo_fast BPOTrainer"], found["rows"]["TRL DPOTrainer"]
     assert len(ours["losses"]) == 2
     assert ours["losses"] == pytest.approx(theirs["losses"], abs=1e-4)

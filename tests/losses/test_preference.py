@@ -222,11 +222,7 @@ def test_parity_with_trls_cpo_trainer(loss_type, trl_type, num_pairs, num_tokens
     expected, _ = CPOTrainer.get_batch_loss_metrics(stand_in, None, {})
     expected_gradient = torch.autograd.grad(expected, leaf)[0] * case.mask
     config = LossConfig(
-        [loss_type, "sft"],
-        loss_weights=[1.0, alpha],
-        beta=0.3,
-        simpo_gamma=0.8,
-        label_smoothing=label_smoothing,
+        [loss_type, "sft"], loss_weights=[1.0, alpha], beta=0.3, simpo_gamma=0.8, label_smoothing=label_smoothing
     )
     output, gradient = our_loss(case, config)
     torch.testing.assert_close(output.loss, expected, rtol=1e-12, atol=1e-12)
@@ -382,24 +378,15 @@ COUNTS = {"chosen_num_tokens": torch.ones(1, dtype=torch.int64), "rejected_num_t
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (
-            {"loss_type": "sigmod"},
-            "loss_type: found 'sigmod', expected one of sigmoid, .*; did you mean 'sigmoid'?",
-        ),
+        ({"loss_type": "sigmod"}, "loss_type: found 'sigmod', expected one of sigmoid, .*; did you mean 'sigmoid'?"),
         ({"loss_type": []}, "loss_type: found an empty list, expected the name of at least one loss."),
         ({"loss_type": ["sigmoid", 3]}, "loss_type: found 3, expected one of sigmoid, "),
         ({"beta": 0.0}, "beta: found 0.0, expected a positive number."),
         ({"beta": float("nan")}, "beta: found nan, expected a positive number."),
         ({"beta": "0.1"}, "beta: found '0.1', expected a positive number."),
         ({"label_smoothing": 0.5}, r"label_smoothing: found 0.5, expected a number in \[0, 0.5\)."),
-        (
-            {"loss_type": "hinge", "label_smoothing": 0.1},
-            "label_smoothing: found 0.1, expected 0 for .*'hinge'",
-        ),
-        (
-            {"loss_type": "robust", "label_smoothing": 0.6},
-            "label_smoothing: found 0.6, expected a number in",
-        ),
+        ({"loss_type": "hinge", "label_smoothing": 0.1}, "label_smoothing: found 0.1, expected 0 for .*'hinge'"),
+        ({"loss_type": "robust", "label_smoothing": 0.6}, "label_smoothing: found 0.6, expected a number in"),
         ({"loss_type": "exo_pair"}, "label_smoothing: found 0, expected above 0 for 'exo_pair'; .* recommends 1e-3."),
         ({"ld_alpha": 1.5}, r"ld_alpha: found 1.5, expected None or a number in \[0, 1\]."),
         (
@@ -412,17 +399,11 @@ COUNTS = {"chosen_num_tokens": torch.ones(1, dtype=torch.int64), "rejected_num_t
             {"loss_type": ["sigmoid", "bco_pair"], "f_divergence_type": "forward_kl"},
             "f_divergence_type: found 'forward_kl', expected 'reverse_kl' for 'bco_pair'; ",
         ),
-        (
-            {"loss_type": "simpo", "f_divergence_type": "js_divergence"},
-            "expected 'reverse_kl' for 'simpo'",
-        ),
+        ({"loss_type": "simpo", "f_divergence_type": "js_divergence"}, "expected 'reverse_kl' for 'simpo'"),
         ({"f_alpha_divergence_coef": float("inf")}, "f_alpha_divergence_coef: found inf, expected a finite number."),
         ({"discopop_tau": 0}, "discopop_tau: found 0, expected a positive number."),
         ({"simpo_gamma": -1.0}, "simpo_gamma: found -1.0, expected a number of at least 0."),
-        (
-            {"loss_type": "aot", "use_weighting": True},
-            "use_weighting: found True, expected False for 'aot'",
-        ),
+        ({"loss_type": "aot", "use_weighting": True}, "use_weighting: found True, expected False for 'aot'"),
         ({"loss_type": ["sigmoid", "sft"], "use_weighting": True}, "expected False for 'sft'"),
     ],
 )
@@ -435,11 +416,7 @@ def test_mistakes_of_a_config_are_named(options, words):
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
-        (
-            lambda: preference_loss(ONE, ONE, ONE, ONE, simpo_gama=1.0),
-            TypeError,
-            "did you mean 'simpo_gamma'?",
-        ),
+        (lambda: preference_loss(ONE, ONE, ONE, ONE, simpo_gama=1.0), TypeError, "did you mean 'simpo_gamma'?"),
         (
             lambda: dpo_loss(torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64), zzz=1.0),
             TypeError,
@@ -451,21 +428,9 @@ def test_mistakes_of_a_config_are_named(options, words):
             "loss_type: found None, expected the name of a loss or a list of names.",
         ),
         (lambda: LossConfig([["sigmoid"]]), ValueError, "loss_type: found ['sigmoid'], expected one of"),
-        (
-            lambda: LossConfig(loss_weights=0.5),
-            TypeError,
-            "loss_weights: found 0.5, expected a list of numbers or",
-        ),
-        (
-            lambda: preference_loss(ONE, ONE, ONE, ONE, ld_alpha=0.5),
-            ValueError,
-            "ld_alpha: found 0.5 without",
-        ),
-        (
-            lambda: preference_loss(ONE, ONE, None, None, use_weighting=True),
-            ValueError,
-            "use_weighting: found True",
-        ),
+        (lambda: LossConfig(loss_weights=0.5), TypeError, "loss_weights: found 0.5, expected a list of numbers or"),
+        (lambda: preference_loss(ONE, ONE, ONE, ONE, ld_alpha=0.5), ValueError, "ld_alpha: found 0.5 without"),
+        (lambda: preference_loss(ONE, ONE, None, None, use_weighting=True), ValueError, "use_weighting: found True"),
         (
             lambda: preference_loss(ONE, ONE, None, None, loss_type="sft"),
             ValueError,

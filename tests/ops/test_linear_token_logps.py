@@ -2,13 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import (
-    assert_within_contract,
-    draw_targets,
-    eager_linear_token_logps,
-    eager_statistics,
-    gradients,
-)
+from numerics import assert_within_contract, draw_targets, eager_linear_token_logps, eager_statistics, gradients
 
 from bpo_fast import linear_token_logps
 from bpo_fast.ops import head_sweep

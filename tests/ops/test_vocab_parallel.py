@@ -49,11 +49,7 @@ def _run(rank, store, dtype, with_bias, softcap, temperature, results):
 
 @pytest.mark.parametrize(
     ("dtype", "with_bias", "softcap", "temperature"),
-    [
-        (torch.float64, True, 5.0, 0.7),
-        (torch.float32, False, None, 1.0),
-        (torch.bfloat16, True, None, 1.0),
-    ],
+    [(torch.float64, True, 5.0, 0.7), (torch.float32, False, None, 1.0), (torch.bfloat16, True, None, 1.0)],
 )
 def test_two_shards_are_the_whole_head(dtype, with_bias, softcap, temperature, tmp_path):
     with mp.Manager() as manager:
@@ -63,11 +59,7 @@ def test_two_shards_are_the_whole_head(dtype, with_bias, softcap, temperature, t
     hidden, weight, bias, targets, upstream = _problem(dtype)
     leaves = [x.requires_grad_() for x in ([hidden, weight, bias] if with_bias else [hidden, weight])]
     logps = linear_token_logps(
-        *leaves[:2],
-        targets,
-        bias=leaves[2] if with_bias else None,
-        logit_softcap=softcap,
-        temperature=temperature,
+        *leaves[:2], targets, bias=leaves[2] if with_bias else None, logit_softcap=softcap, temperature=temperature
     )
     grads = torch.autograd.grad((logps * upstream.to(logps.dtype)).sum(), leaves)
     # Another order of adding up; in bfloat16 also one rounding more, of each process's gradient before they are added.

@@ -72,11 +72,7 @@ def add_noise(
 
 @torch.library.custom_op("bpo_fast::add_noise", mutates_args=(), device_types=DEVICES)
 def _add_noise(
-    x: torch.Tensor,
-    scales: torch.Tensor,
-    steps: torch.Tensor | None,
-    ids: torch.Tensor | None,
-    seed: int,
+    x: torch.Tensor, scales: torch.Tensor, steps: torch.Tensor | None, ids: torch.Tensor | None, seed: int
 ) -> torch.Tensor:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     launch_samples(x, scales, steps, ids, seed, out, ladder=False)

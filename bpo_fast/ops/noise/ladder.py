@@ -66,11 +66,7 @@ def add_noise_ladder(
 
 @torch.library.custom_op("bpo_fast::add_noise_ladder", mutates_args=(), device_types=DEVICES)
 def _add_noise_ladder(
-    x: torch.Tensor,
-    scales: torch.Tensor,
-    steps: torch.Tensor,
-    ids: torch.Tensor | None,
-    seed: int,
+    x: torch.Tensor, scales: torch.Tensor, steps: torch.Tensor, ids: torch.Tensor | None, seed: int
 ) -> torch.Tensor:
     out = x.new_empty((steps.shape[0], *x.shape))
     launch_samples(x, scales, steps, ids, seed, out, ladder=True)
@@ -95,12 +91,7 @@ _add_noise_ladder.register_autograd(_backward, setup_context=save_scales)
 
 @torch.library.custom_op("bpo_fast::add_noise_ladder_out", mutates_args=("out",), device_types=DEVICES)
 def _add_noise_ladder_out(
-    x: torch.Tensor,
-    scales: torch.Tensor,
-    steps: torch.Tensor,
-    ids: torch.Tensor | None,
-    seed: int,
-    out: torch.Tensor,
+    x: torch.Tensor, scales: torch.Tensor, steps: torch.Tensor, ids: torch.Tensor | None, seed: int, out: torch.Tensor
 ) -> None:
     if out.numel() == 0:
         return

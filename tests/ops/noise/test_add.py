@@ -53,12 +53,7 @@ def test_dtypes_share_one_stream(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @settings(max_examples=40, deadline=None)
-@given(
-    samples=st.integers(1, 6),
-    n=st.integers(1, 700),
-    seed=st.integers(-(2**63), 2**63 - 1),
-    data=st.data(),
-)
+@given(samples=st.integers(1, 6), n=st.integers(1, 700), seed=st.integers(-(2**63), 2**63 - 1), data=st.data())
 def test_same_bits_in_any_batch_and_order(dtype, samples, n, seed, data):
     x = make(samples, n, dtype=dtype)
     ids = torch.tensor(data.draw(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=samples, max_size=samples)))
