@@ -4,8 +4,6 @@
 field.
 """
 
-from __future__ import annotations
-
 import difflib
 import math
 from collections.abc import Callable, Collection

@@ -1,7 +1,5 @@
 """What a preference loss gives back, and what is logged of it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

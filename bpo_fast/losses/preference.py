@@ -1,7 +1,5 @@
 """From log-probs of tokens or sequences to a preference loss: sums, LD-DPO, NLL and weights, in one order for all."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

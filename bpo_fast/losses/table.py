@@ -7,8 +7,6 @@ logistic function; L(x) = -(1 - e) log sigma(x) - e log sigma(-x). Papers are na
 are those of TRL 1.16; where one differs, its entry says so. `python -m bpo_fast.losses.table` prints docs/losses.md.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

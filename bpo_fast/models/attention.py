@@ -5,14 +5,13 @@ argument `packing`. Without one (generation, an unpacked forward) it is transfor
 keep this implementation switched on for its whole life.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -111,8 +110,8 @@ def _sdpa_segments(query, key, value, packing, scaling):
 
 
 def packed_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing, *, scaling: float | None = None
-) -> torch.Tensor:
+    query: Tensor, key: Tensor, value: Tensor, packing: Packing, *, scaling: float | None = None
+) -> Tensor:
     """Causal attention of one packed sequence: every branch sees its prefix and itself.
 
     Args:

@@ -1,7 +1,5 @@
 """Load a vision-language model, its adapter and its processor."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -1,7 +1,5 @@
 """The LoRA adapter that is trained: fresh, and on linears of the language model alone."""
 
-from __future__ import annotations
-
 import copy
 import re
 

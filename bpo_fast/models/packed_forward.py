@@ -5,8 +5,6 @@ head (`get_output_embeddings`) and its image features (`get_image_features`), an
 through transformers' attention interface.
 """
 
-from __future__ import annotations
-
 import functools
 import types
 from dataclasses import dataclass

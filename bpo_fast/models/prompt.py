@@ -4,8 +4,6 @@ A prompt is what the chat template makes of the messages before an answer, the g
 what the template renders after it, its end token included. That is how TRL's DPOTrainer cuts them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

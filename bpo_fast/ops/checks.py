@@ -4,8 +4,6 @@ Each raises TypeError for a wrong type or dtype and ValueError for a wrong shape
 the form `<name>: found <what>, expected <what>; <remedy>.`
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from numbers import Integral
 

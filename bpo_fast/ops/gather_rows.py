@@ -1,10 +1,9 @@
 """gather_rows: rows of a tensor by index, with a gradient that is summed in a fixed order."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 
 class _GatherRows(torch.autograd.Function):
@@ -23,7 +22,7 @@ class _GatherRows(torch.autograd.Function):
         return total, None, *(None for _ in rounds)
 
 
-def gather_rows(x: torch.Tensor, index: torch.Tensor, rounds: Sequence[torch.Tensor]) -> torch.Tensor:
+def gather_rows(x: Tensor, index: Tensor, rounds: Sequence[Tensor]) -> Tensor:
     """x[index], with a gradient that is bitwise repeatable on a GPU too.
 
     Where a row was gathered more than once, `index_select` adds its gradients by atomics, in any order. Here they are

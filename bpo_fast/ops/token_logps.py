@@ -237,11 +237,6 @@ def _sequence_logps_backward_(
     _fill_gradient(grad_tokens, grad_sums, logits, targets, row_numbers, softcap, temperature, logits)
 
 
-@_sequence_logps_backward_.register_fake
-def _(grad_tokens, grad_sums, logits, targets, row_numbers, softcap, temperature):
-    return None
-
-
 def _setup_context(ctx, inputs, output):
     logits, _, targets, ctx.softcap, ctx.temperature, *_, ctx.inplace_backward = inputs
     ctx.num_constants = len(inputs) - 1

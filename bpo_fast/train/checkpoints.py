@@ -1,7 +1,5 @@
 """Which checkpoint a killed run goes on from."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

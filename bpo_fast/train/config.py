@@ -1,7 +1,5 @@
 """BPOConfig: transformers' training arguments, the loss options of `LossConfig`, and what packing adds."""
 
-from __future__ import annotations
-
 from dataclasses import Field, dataclass, field, fields, make_dataclass
 from typing import Any, get_type_hints
 

@@ -4,8 +4,6 @@ The trainer joins packing, model and losses. Loops, logging, saving, resuming an
 transformers.Trainer.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,8 +1,7 @@
 """add_noise: a diffusion forward step in one pass, the same bits on every device, in every batch and in any order."""
 
-from __future__ import annotations
-
 import torch
+from torch import Tensor
 
 from bpo_fast.ops.noise.launch import DEVICES, check_samples_apart, launch_samples, overlap
 from bpo_fast.ops.noise.operands import (
@@ -17,14 +16,14 @@ from bpo_fast.ops.noise.schedule import NoiseSchedule
 
 
 def add_noise(
-    x: torch.Tensor,
-    step: int | torch.Tensor,
+    x: Tensor,
+    step: int | Tensor,
     *,
     schedule: NoiseSchedule,
     seed: int,
-    sample_ids: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
+    sample_ids: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
     """x * sqrt(abar_t) + eps * sqrt(1 - abar_t), the image-weakening step of BPO (arXiv 2403.08730).
 
     eps is standard normal and depends on (seed, sample id, index of the element within its sample) alone:
@@ -71,9 +70,7 @@ def add_noise(
 
 
 @torch.library.custom_op("bpo_fast::add_noise", mutates_args=(), device_types=DEVICES)
-def _add_noise(
-    x: torch.Tensor, scales: torch.Tensor, steps: torch.Tensor | None, ids: torch.Tensor | None, seed: int
-) -> torch.Tensor:
+def _add_noise(x: Tensor, scales: Tensor, steps: Tensor | None, ids: Tensor | None, seed: int) -> Tensor:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     launch_samples(x, scales, steps, ids, seed, out, ladder=False)
     return out
@@ -94,12 +91,7 @@ _add_noise.register_autograd(_backward, setup_context=save_scales)
 
 @torch.library.custom_op("bpo_fast::add_noise_out", mutates_args=("out",), device_types=DEVICES)
 def _add_noise_out(
-    x: torch.Tensor,
-    scales: torch.Tensor,
-    steps: torch.Tensor | None,
-    ids: torch.Tensor | None,
-    seed: int,
-    out: torch.Tensor,
+    x: Tensor, scales: Tensor, steps: Tensor | None, ids: Tensor | None, seed: int, out: Tensor
 ) -> None:
     if x.numel() == 0:
         return
@@ -108,8 +100,3 @@ def _add_noise_out(
     if overlap(x, out) and not same:
         raise ValueError("out: found memory that overlaps x, expected that of x itself or its own; pass out=x.")
     launch_samples(x, scales, steps, ids, seed, out, ladder=False)
-
-
-@_add_noise_out.register_fake
-def _(x, scales, steps, ids, seed, out):
-    return None

@@ -1,10 +1,9 @@
 """add_noise_ladder: one batch at several noise levels, read once and with one draw of the noise."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from bpo_fast.ops.checks import INTEGER_DTYPES, check_indices, is_int
 from bpo_fast.ops.noise.launch import DEVICES, check_samples_apart, launch_samples, overlap
@@ -13,14 +12,14 @@ from bpo_fast.ops.noise.schedule import NoiseSchedule
 
 
 def add_noise_ladder(
-    x: torch.Tensor,
-    steps: Sequence[int] | torch.Tensor,
+    x: Tensor,
+    steps: Sequence[int] | Tensor,
     *,
     schedule: NoiseSchedule,
     seed: int,
-    sample_ids: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
+    sample_ids: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
     """`add_noise(x, t, ...)` for every t of `steps`, bit for bit, in one pass: x is read once and eps made once.
 
     For measuring how a model's answers change with the noise on its image (BPO, arXiv 2403.08730, image-weakened
@@ -65,9 +64,7 @@ def add_noise_ladder(
 
 
 @torch.library.custom_op("bpo_fast::add_noise_ladder", mutates_args=(), device_types=DEVICES)
-def _add_noise_ladder(
-    x: torch.Tensor, scales: torch.Tensor, steps: torch.Tensor, ids: torch.Tensor | None, seed: int
-) -> torch.Tensor:
+def _add_noise_ladder(x: Tensor, scales: Tensor, steps: Tensor, ids: Tensor | None, seed: int) -> Tensor:
     out = x.new_empty((steps.shape[0], *x.shape))
     launch_samples(x, scales, steps, ids, seed, out, ladder=True)
     return out
@@ -91,7 +88,7 @@ _add_noise_ladder.register_autograd(_backward, setup_context=save_scales)
 
 @torch.library.custom_op("bpo_fast::add_noise_ladder_out", mutates_args=("out",), device_types=DEVICES)
 def _add_noise_ladder_out(
-    x: torch.Tensor, scales: torch.Tensor, steps: torch.Tensor, ids: torch.Tensor | None, seed: int, out: torch.Tensor
+    x: Tensor, scales: Tensor, steps: Tensor, ids: Tensor | None, seed: int, out: Tensor
 ) -> None:
     if out.numel() == 0:
         return
@@ -99,8 +96,3 @@ def _add_noise_ladder_out(
     if overlap(x, out):
         raise ValueError("out: found memory that overlaps x, expected its own: x is read once for all levels.")
     launch_samples(x, scales, steps, ids, seed, out, ladder=True)
-
-
-@_add_noise_ladder_out.register_fake
-def _(x, scales, steps, ids, seed, out):
-    return None

@@ -1,8 +1,7 @@
 """The call into the native extension, and how the memory of its operands has to lie."""
 
-from __future__ import annotations
-
 import torch
+from torch import Tensor
 
 from bpo_fast.ops.checks import check_ranges
 from bpo_fast.ops.noise import native
@@ -12,7 +11,7 @@ DEVICES = ("cpu", "cuda")
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-def dense(x: torch.Tensor) -> bool:
+def dense(x: Tensor) -> bool:
     """Whether each x[b] is contiguous, so that only the stride between samples is free."""
     return x.shape[0] == 0 or x[0].is_contiguous()
 
@@ -23,13 +22,13 @@ def _span(tensor):
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
-def overlap(x: torch.Tensor, out: torch.Tensor) -> bool:
+def overlap(x: Tensor, out: Tensor) -> bool:
     """Whether the spans of memory of two non-empty tensors meet."""
     (x_start, x_end), (out_start, out_end) = _span(x), _span(out)
     return x_start < out_end and out_start < x_end
 
 
-def check_samples_apart(out: torch.Tensor, leading: int = 1) -> None:
+def check_samples_apart(out: Tensor, leading: int = 1) -> None:
     """Raise unless the samples of a non-empty tensor, out[b] or (leading=2) out[k, b], are contiguous and disjoint."""
     sample = out[(0,) * leading]
     if not sample.is_contiguous():
@@ -47,7 +46,7 @@ def check_samples_apart(out: torch.Tensor, leading: int = 1) -> None:
         extent += stride * (size - 1)
 
 
-def launch(x: torch.Tensor, out: torch.Tensor, **arguments: int | bool | torch.Tensor | None) -> None:
+def launch(x: Tensor, out: Tensor, **arguments: int | bool | Tensor | None) -> None:
     """Run the extension on x's device; `arguments` are the fields of NoiseArguments in csrc/philox_normal.h.
 
     Tensors that are elsewhere are copied to x's device, without waiting if that is a GPU. None is a null pointer.
@@ -57,7 +56,7 @@ def launch(x: torch.Tensor, out: torch.Tensor, **arguments: int | bool | torch.T
     copies = {
         name: value.to(x.device, non_blocking=on_cuda).contiguous()
         for name, value in arguments.items()
-        if isinstance(value, torch.Tensor)
+        if isinstance(value, Tensor)
     }
     fields = {name: value for name, value in arguments.items() if value is not None}
     fields |= {name: copy.data_ptr() for name, copy in copies.items()}
@@ -71,14 +70,7 @@ def launch(x: torch.Tensor, out: torch.Tensor, **arguments: int | bool | torch.T
 
 
 def launch_samples(
-    x: torch.Tensor,
-    scales: torch.Tensor,
-    steps: torch.Tensor | None,
-    ids: torch.Tensor | None,
-    seed: int,
-    out: torch.Tensor,
-    *,
-    ladder: bool,
+    x: Tensor, scales: Tensor, steps: Tensor | None, ids: Tensor | None, seed: int, out: Tensor, *, ladder: bool
 ) -> None:
     """Write x [B, ...], noised, to out [B, ...], or [K, B, ...] for a ladder; the samples of out are contiguous.
 

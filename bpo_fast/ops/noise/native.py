@@ -1,7 +1,5 @@
 """The only import of the native extension bpo_fast._C, and one sentence about what is missing of it."""
 
-from __future__ import annotations
-
 import functools
 import importlib
 

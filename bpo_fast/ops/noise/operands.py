@@ -1,24 +1,23 @@
 """From the arguments of a noise op to its operands, and how its gradient reads them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from bpo_fast.ops.checks import INTEGER_DTYPES, check_indices, check_same, check_tensor, is_int
 from bpo_fast.ops.noise.launch import DEVICES, DTYPE_CODES
 from bpo_fast.ops.noise.schedule import NoiseSchedule
 
 
-def check_values(name: str, tensor: torch.Tensor, shape: Sequence[int | str]) -> None:
+def check_values(name: str, tensor: Tensor, shape: Sequence[int | str]) -> None:
     """Raise unless `tensor` has this shape (see `check_tensor`), and a dtype and a device of the extension."""
     check_tensor(name, tensor, shape, tuple(DTYPE_CODES))
     if tensor.device.type not in DEVICES:
         raise ValueError(f"{name}: found on {tensor.device}, expected on the CPU or a CUDA device.")
 
 
-def check_no_grad(x: torch.Tensor, out: torch.Tensor) -> None:
+def check_no_grad(x: Tensor, out: Tensor) -> None:
     """Raise where autograd would lose what is written to `out`."""
     if torch.is_grad_enabled() and (x.requires_grad or out.requires_grad):
         raise ValueError(
@@ -27,14 +26,14 @@ def check_no_grad(x: torch.Tensor, out: torch.Tensor) -> None:
         )
 
 
-def check_out(out: torch.Tensor, x: torch.Tensor, shape: Sequence[int]) -> None:
+def check_out(out: Tensor, x: Tensor, shape: Sequence[int]) -> None:
     """Raise unless `out` is a tensor like x, of this shape, and no gradient would be lost."""
     check_values("out", out, shape)
     check_same("out", out, "x", x)
     check_no_grad(x, out)
 
 
-def check_stream(samples: int, schedule: NoiseSchedule, seed: int, sample_ids: torch.Tensor | None) -> None:
+def check_stream(samples: int, schedule: NoiseSchedule, seed: int, sample_ids: Tensor | None) -> None:
     """Raise unless `samples` samples can be noised with this schedule, seed and these ids."""
     if not isinstance(schedule, NoiseSchedule):
         raise TypeError(
@@ -49,8 +48,8 @@ def check_stream(samples: int, schedule: NoiseSchedule, seed: int, sample_ids: t
 
 
 def select_scales(
-    step: int | torch.Tensor, samples: int, schedule: NoiseSchedule, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    step: int | Tensor, samples: int, schedule: NoiseSchedule, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
     """Scales [1, 2] of one step and None, or the scales [T, 2] of all steps and int64 steps [samples]."""
     if is_int(step):
         return schedule.table(device).narrow(0, schedule.checked_step(step), 1), None
@@ -64,7 +63,7 @@ def save_scales(ctx, inputs, output) -> None:
     ctx.save_for_backward(scales, steps)
 
 
-def signal_scales(ctx) -> torch.Tensor:
+def signal_scales(ctx) -> Tensor:
     """sqrt(abar) of each step of what `save_scales` saved, float32 [1] or [number of steps]."""
     scales, steps = ctx.saved_tensors
     return scales[:, 0] if steps is None else scales[:, 0].index_select(0, steps.to(scales.device))

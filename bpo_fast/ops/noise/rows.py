@@ -1,8 +1,7 @@
 """add_noise_rows: cached image features, noised or clean, cast and written into rows of a packed sequence."""
 
-from __future__ import annotations
-
 import torch
+from torch import Tensor
 
 from bpo_fast.ops.checks import INTEGER_DTYPES, check_device, check_indices, check_ranges, is_int
 from bpo_fast.ops.noise.launch import DEVICES, dense, launch, overlap
@@ -16,16 +15,16 @@ _NO_NOISE = NoiseSchedule([1.0], name="empty")
 
 
 def add_noise_rows(
-    x: torch.Tensor,
-    step: int | torch.Tensor = CLEAN,
+    x: Tensor,
+    step: int | Tensor = CLEAN,
     *,
-    out: torch.Tensor,
-    rows: torch.Tensor,
+    out: Tensor,
+    rows: Tensor,
     schedule: NoiseSchedule | None = None,
     seed: int = 0,
-    source: torch.Tensor | None = None,
-    sample_ids: torch.Tensor | None = None,
-) -> torch.Tensor:
+    source: Tensor | None = None,
+    sample_ids: Tensor | None = None,
+) -> Tensor:
     """Write images of a feature cache, noised or clean, into the rows of their image tokens, in one pass.
 
     out[rows[b, m]] = x[s, m] * sqrt(abar_t) + eps * sqrt(1 - abar_t), with s = source[b], t = step[b], and the eps of
@@ -101,14 +100,14 @@ def _check_rows_once(rows, height):
 
 @torch.library.custom_op("bpo_fast::add_noise_rows", mutates_args=("out",), device_types=DEVICES)
 def _add_noise_rows(
-    x: torch.Tensor,
-    scales: torch.Tensor,
-    steps: torch.Tensor | None,
-    ids: torch.Tensor | None,
+    x: Tensor,
+    scales: Tensor,
+    steps: Tensor | None,
+    ids: Tensor | None,
     seed: int,
-    source: torch.Tensor | None,
-    rows: torch.Tensor,
-    out: torch.Tensor,
+    source: Tensor | None,
+    rows: Tensor,
+    out: Tensor,
 ) -> None:
     (images, tokens, width), height = x.shape, out.shape[0]
     if rows.numel() * width == 0:
@@ -145,8 +144,3 @@ def _add_noise_rows(
         out_rows=rows,
         seed=seed,
     )
-
-
-@_add_noise_rows.register_fake
-def _(x, scales, steps, ids, seed, source, rows, out):
-    return None
