@@ -13,9 +13,9 @@ from typing import Any
 from bpo_fast.losses.table import F_DIVERGENCES, LOSSES, losses_that
 
 
-def _about(text: str, wanted: str = "", holds: Callable[[float], bool] | None = None) -> dict[str, Any]:
-    """What an option is: its help; a number's range as words (`wanted`) and as a test (`holds`)."""
-    return {"help": text, "wanted": wanted, "holds": holds}
+def _option(default: Any, text: str, wanted: str = "", holds: Callable[[float], bool] | None = None) -> dict[str, Any]:
+    """What the field of an option is made of: its help; a number's range as words (`wanted`) and a test (`holds`)."""
+    return {"default": default, "metadata": {"help": text, "wanted": wanted, "holds": holds}}
 
 
 @dataclass(frozen=True)
@@ -52,40 +52,31 @@ class LossConfig:
     """
 
     loss_type: str | list[str] = field(
-        default="sigmoid", metadata=_about(f"One or several of {', '.join(LOSSES)}; see docs/losses.md.")
+        **_option("sigmoid", f"One or several of {', '.join(LOSSES)}; see docs/losses.md.")
     )
-    beta: float = field(
-        default=0.1, metadata=_about("Strength of the pull to the reference.", "a positive number", lambda x: x > 0)
-    )
-    loss_weights: list[float] | None = field(
-        default=None, metadata=_about("A weight for each loss type; all 1 by default.")
-    )
+    beta: float = field(**_option(0.1, "Strength of the pull to the reference.", "a positive number", lambda x: x > 0))
+    loss_weights: list[float] | None = field(**_option(None, "A weight for each loss type; all 1 by default."))
     label_smoothing: float = field(
-        default=0.0,
-        metadata=_about("Probability of a reversed preference.", "a number in [0, 0.5)", lambda x: 0 <= x < 0.5),
+        **_option(0.0, "Probability of a reversed preference.", "a number in [0, 0.5)", lambda x: 0 <= x < 0.5)
     )
-    average_logps: bool = field(default=False, metadata=_about("Divide log-probs by the response's number of tokens."))
+    average_logps: bool = field(**_option(False, "Divide log-probs by the response's number of tokens."))
     ld_alpha: float | None = field(
-        default=None,
-        metadata=_about(
+        **_option(
+            None,
             "Weight of the tokens past the shorter response's length (LD-DPO); 1 by default.",
             "None or a number in [0, 1]",
             lambda x: 0 <= x <= 1,
-        ),
+        )
     )
     f_divergence_type: str = field(
-        default="reverse_kl", metadata=_about(f"Pull to the reference (f-DPO): {', '.join(F_DIVERGENCES)}.")
+        **_option("reverse_kl", f"Pull to the reference (f-DPO): {', '.join(F_DIVERGENCES)}.")
     )
     f_alpha_divergence_coef: float = field(
-        default=0.5, metadata=_about("Alpha of alpha_divergence.", "a finite number", lambda x: True)
+        **_option(0.5, "Alpha of alpha_divergence.", "a finite number", lambda x: True)
     )
-    use_weighting: bool = field(default=False, metadata=_about("Weigh pairs by their likelihood (WPO)."))
-    discopop_tau: float = field(
-        default=0.05, metadata=_about("Temperature of discopop.", "a positive number", lambda x: x > 0)
-    )
-    simpo_gamma: float = field(
-        default=0.5, metadata=_about("Margin of simpo.", "a number of at least 0", lambda x: x >= 0)
-    )
+    use_weighting: bool = field(**_option(False, "Weigh pairs by their likelihood (WPO)."))
+    discopop_tau: float = field(**_option(0.05, "Temperature of discopop.", "a positive number", lambda x: x > 0))
+    simpo_gamma: float = field(**_option(0.5, "Margin of simpo.", "a number of at least 0", lambda x: x >= 0))
 
     @property
     def loss_types(self) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from bpo_fast.losses.config import loss_config
 from bpo_fast.losses.output import PreferenceOutput
 from bpo_fast.losses.preference import Responses, token_preference
-from bpo_fast.ops.checks import IGNORE_INDEX, check_indices, check_same, check_tensor, check_transform
+from bpo_fast.ops.checks import IGNORE_INDEX, check_device, check_indices, check_same, check_tensor, check_transform
 from bpo_fast.ops.linear_token_logps import check_head, linear_sequence_logps
 from bpo_fast.ops.rows import TokenStatistics
 from bpo_fast.ops.token_logps import sequence_logps
@@ -38,8 +38,7 @@ def _check_pairs(name, value, last, labels, ref_name, reference, ref_logps):
         check_same(ref_name, reference, name, value)
     if ref_logps is not None:
         check_tensor("ref_logps", ref_logps, (len(value),))
-        if ref_logps.device != value.device:
-            raise ValueError(f"ref_logps: found on {ref_logps.device}, expected {value.device}, the device of {name}.")
+        check_device("ref_logps", ref_logps, name, value)
 
 
 def _shifted(labels):

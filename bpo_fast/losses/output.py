@@ -56,9 +56,8 @@ class PreferenceOutput:
             per_response = values.reshape(len(self.num_tokens), -1).sum(1)
             return per_response.to(self.chosen_logps.dtype).view(2, -1).sum(1)
 
-        entropy, correct, logits = map(
-            sums, (self.statistics.entropy, self.statistics.is_top1, self.statistics.mean_logits)
-        )
+        found = self.statistics
+        entropy, correct, logits = map(sums, (found.entropy, found.is_top1, found.mean_logits))
         chosen, rejected = sums(self.num_tokens)
         return {
             "entropy": (entropy.sum(), chosen + rejected),

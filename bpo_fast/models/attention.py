@@ -21,8 +21,6 @@ from bpo_fast.ops.gather_rows import gather_rows
 
 ATTENTION_NAME = "bpo_fast_packed"
 
-_HALF_DTYPES = (torch.float16, torch.bfloat16)
-
 
 @functools.cache
 def choose_backend(device_type: str, dtype: torch.dtype = torch.bfloat16) -> tuple[str, str]:
@@ -41,7 +39,7 @@ def choose_backend(device_type: str, dtype: torch.dtype = torch.bfloat16) -> tup
     """
     if device_type != "cuda":
         return "sdpa", f"variable-length FlashAttention needs a CUDA device, and this one is '{device_type}'"
-    if dtype not in _HALF_DTYPES:
+    if dtype not in (torch.float16, torch.bfloat16):
         return "sdpa", f"FlashAttention takes float16 and bfloat16 only, and the tensors are {dtype}"
     if find_spec("flash_attn") is not None:
         return "flash_attn", "flash-attn is installed"
@@ -55,10 +53,8 @@ def _torch_varlen():
     """torch's varlen_attn with causal alignment at the bottom right, whichever way this release spells it."""
     from torch.nn.attention.varlen import varlen_attn
 
-    causal = (
-        {"is_causal": True} if "is_causal" in inspect.signature(varlen_attn).parameters else {"window_size": (-1, 0)}
-    )
-    return functools.partial(varlen_attn, **causal)
+    named = "is_causal" in inspect.signature(varlen_attn).parameters
+    return functools.partial(varlen_attn, **({"is_causal": True} if named else {"window_size": (-1, 0)}))
 
 
 def _varlen_attention(query, key, value, packing, scaling, backend):
@@ -82,11 +78,10 @@ def _sdpa_segments(query, key, value, packing, scaling):
     The keys are cut by `split`, whose backward is one concatenation; each slice would write a gradient of the whole
     sequence.
     """
-    pieces = [n for p, b in zip(packing.prefix_lengths, packing.branch_lengths, strict=True) for n in (p, *b)]
+    groups = list(zip(packing.prefix_lengths, packing.branch_lengths, strict=True))
+    pieces = [n for p, b in groups for n in (p, *b)]
     keys, values = key.split(pieces, dim=2), value.split(pieces, dim=2)
-    segments = [
-        n for p, b in zip(packing.prefix_lengths, packing.branch_lengths, strict=True) for n in (p + b[0], *b[1:])
-    ]
+    segments = [n for p, b in groups for n in (p + b[0], *b[1:])]
     queries = iter(query.split(segments, dim=2))
     grouped = query.shape[1] != key.shape[1]
     outputs, piece = [], 0

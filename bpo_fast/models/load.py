@@ -1,17 +1,12 @@
 """Load a vision-language model, its adapter and its processor."""
 
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    ProcessorMixin,
-)
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 from transformers.utils import is_bitsandbytes_available
 
 from bpo_fast.models.families import PROJECTORS, VISION_MODULES
@@ -23,10 +18,8 @@ def load_processor(path: str | Path) -> ProcessorMixin:
     Raises:
         ValueError: there is no processor at `path`, or it has no chat template.
     """
-    try:
+    with _loading("processor", path):
         processor = AutoProcessor.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise _not_loaded("processor", path, error) from error
     if not isinstance(processor, ProcessorMixin):
         raise ValueError(
             f"processor: found a {type(processor).__name__} in '{path}', expected one of images and text; name a "
@@ -71,6 +64,8 @@ def load_model(
     if quantization == "nf4":
         if not is_bitsandbytes_available():
             raise ImportError("quantization: found 'nf4' without bitsandbytes; pip install 'bpo-fast[qlora]'.")
+        from transformers import BitsAndBytesConfig
+
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -81,21 +76,21 @@ def load_model(
         )
     elif quantization is not None:
         raise ValueError(f"quantization: found '{quantization}', expected 'nf4' or None.")
-    try:
+    with _loading("model", path):
         model = AutoModelForImageTextToText.from_pretrained(path, **options)
-    except (OSError, ValueError) as error:
-        raise _not_loaded("model", path, error) from error
     if adapter is not None:
-        try:
+        with _loading("adapter", adapter):
             model = PeftModel.from_pretrained(model, adapter)
-        except (OSError, ValueError) as error:
-            raise _not_loaded("adapter", adapter, error) from error
     return model.eval()
 
 
-def _not_loaded(what: str, path: str | Path, error: Exception) -> ValueError:
-    reason = str(error).strip().splitlines()[0]
-    return ValueError(f"{what}: found none that loads in '{path}', expected a saved one; {reason}")
+@contextmanager
+def _loading(what: str, path: str | Path):
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{what}: found none that loads in '{path}', expected a saved one; {reason}") from error
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:

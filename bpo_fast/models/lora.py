@@ -27,9 +27,7 @@ def restrict_to_decoder(peft_config: LoraConfig, model: PreTrainedModel) -> Lora
     path = next(name for name, module in model.named_modules() if module is decoder)
     targets = peft_config.target_modules
     if targets == "all-linear":
-        targets = {
-            name.rsplit(".", 1)[-1] for name, module in decoder.named_modules() if isinstance(module, nn.Linear)
-        }
+        targets = {name.rsplit(".", 1)[-1] for name, part in decoder.named_modules() if isinstance(part, nn.Linear)}
     elif isinstance(targets, str):
         return peft_config
     names = sorted(targets or LORA_TARGET_MODULES)

@@ -71,33 +71,29 @@ def _packed_forward(
         embeds = model.get_input_embeddings()(input_ids.index_fill(0, image_rows, 0))
         embeds = embeds.index_copy(0, image_rows, image_features.to(embeds.dtype))
     # A 4-D mask is handed on untouched by transformers, and packed attention does not read it.
-    unread_mask = embeds.new_zeros(1, 1, 1, 1)
     hidden = model.get_decoder()(
         inputs_embeds=embeds[None],
         position_ids=packing.position_ids[None],
-        attention_mask=unread_mask,
+        attention_mask=embeds.new_zeros(1, 1, 1, 1),
         use_cache=False,
         packing=packing,
     ).last_hidden_state[0]
     rows = gather_rows(hidden, packing.logit_rows, packing.logit_rounds)
-    text_config, head = model.config.get_text_config(), model.get_output_embeddings()
+    head = model.get_output_embeddings()
     # Under autocast the decoder's output is in the lower precision, and the head is cast as a linear layer's would be.
-    weight = head.weight.to(rows.dtype)
-    bias = None if head.bias is None else head.bias.to(rows.dtype)
     token_logps, statistics = flat_linear_token_logps(
         rows,
-        weight,
+        head.weight.to(rows.dtype),
         packing.targets,
-        bias=bias,
-        logit_softcap=getattr(text_config, "final_logit_softcapping", None),
+        bias=None if head.bias is None else head.bias.to(rows.dtype),
+        logit_softcap=getattr(model.config.get_text_config(), "final_logit_softcapping", None),
         with_statistics=with_statistics,
     )
     return PackedOutput(token_logps=token_logps, statistics=statistics)
 
 
 def enable_packed_forward(model: PreTrainedModel) -> None:
-    """Let `model(packing=..., image_features=..., image_rows=..., with_statistics=...)` score a
-    packed sequence.
+    """Let `model(packing=..., image_features=..., image_rows=..., with_statistics=...)` score a packed sequence.
 
     Without `packing` nothing changes. The call goes through the model's own `forward`, so that wrappers around it
     (PEFT, DistributedDataParallel, autocast) do their work.

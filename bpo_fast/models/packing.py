@@ -31,16 +31,12 @@ class Group:
 
     def __post_init__(self):
         if len(self.prefix) == 0:
-            raise ValueError(
-                "prefix: found no tokens, expected at least one; the first response token needs a context."
-            )
+            raise ValueError("prefix: found no tokens, expected at least one; a response needs a context.")
         if len(self.branches) == 0:
             raise ValueError("branches: found none, expected at least one response for the prefix.")
         for number, branch in enumerate(self.branches):
             if len(branch) == 0:
-                raise ValueError(
-                    f"branches[{number}]: found no tokens, expected at least one; drop the empty response."
-                )
+                raise ValueError(f"branches[{number}]: found no tokens, expected at least one; drop the response.")
 
     def __len__(self) -> int:
         return len(self.prefix) + sum(map(len, self.branches))
@@ -145,8 +141,7 @@ def pack(groups: Sequence[Group]) -> Packing:
     """
     if len(groups) == 0:
         raise ValueError("groups: found none, expected at least one group to pack.")
-    input_ids, position_ids, kv_index = [], [], []
-    cu_seqlens_q, cu_seqlens_k = [0], [0]
+    input_ids, position_ids, kv_index, cu_seqlens_q, cu_seqlens_k = [], [], [], [0], [0]
     logit_rows, targets, branch_index, branch_offset = [], [], [], []
     most_branches = max(len(group.branches) for group in groups)
     kv_rounds: list[list[int]] = [[] for _ in range(most_branches)]
@@ -161,11 +156,9 @@ def pack(groups: Sequence[Group]) -> Packing:
             input_ids.extend(branch)
             position_ids.extend(range(prefix_length, prefix_length + length))
             kv_rounds[number].extend(range(len(kv_index), len(kv_index) + prefix_length + length))
-            kv_index.extend(prefix_rows)
-            kv_index.extend(range(start, start + length))
+            kv_index.extend((*prefix_rows, *range(start, start + length)))
             logit_rounds[number].extend(range(len(logit_rows), len(logit_rows) + length))
-            logit_rows.append(prefix_rows[-1])
-            logit_rows.extend(range(start, start + length - 1))
+            logit_rows.extend((prefix_rows[-1], *range(start, start + length - 1)))
             targets.extend(branch)
             branch_index.extend([len(cu_seqlens_q) - 1] * length)
             branch_offset.extend(range(length))

@@ -129,8 +129,7 @@ def _in_words(options):
 
 def _check_dtype_and_shapes(name, value, dtype_fits, dtypes, shapes, otherwise=None):
     # Sentences are made where one is raised: under torch.compile the words of a shape would pin it.
-    fits = dtype_fits and any(_shape_fits(value.shape, shape) for shape in shapes)
-    if fits:
+    if dtype_fits and any(_shape_fits(value.shape, shape) for shape in shapes):
         return
     expected = _in_words([f"[{', '.join(map(str, shape))}]" for shape in shapes])
     if not dtype_fits:

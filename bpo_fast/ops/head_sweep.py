@@ -87,7 +87,6 @@ def chunk_rows(vocab_size, dtype, device):
 
 
 def _whole_tiles(rows):
-    """The next multiple of TILE_ROWS."""
     return -(-rows // TILE_ROWS) * TILE_ROWS
 
 
@@ -105,14 +104,6 @@ def _kept(targets, dense):
         return None
     kept = (targets != IGNORE_INDEX).nonzero().squeeze(1)
     return None if len(kept) == len(targets) else kept
-
-
-def _spread(values, kept, num_tokens, dim=0):
-    """values of the tokens `kept`, which lie along `dim`, at their places among zeros for `num_tokens`."""
-    if kept is None:
-        return values
-    shape = (*values.shape[:dim], num_tokens, *values.shape[dim + 1 :])
-    return values.new_zeros(shape).index_copy_(dim, kept, values)
 
 
 def _logits_of_chunks(tokens, head):
@@ -191,7 +182,6 @@ def linear_token_logps_op(
     Rows in hidden's 16-bit dtype would be rounded twice, here and after the loss has scaled them. Without targets:
     minus the log-sum-exp.
     """
-    num_tokens = len(hidden)
     if targets is not None:
         check_target_range(targets, len(weight))
     kept = _kept(targets, dense)
@@ -199,47 +189,41 @@ def linear_token_logps_op(
     count, dtype = len(tokens.hidden), accumulation_dtype(hidden.dtype)
     head = Head(weight, bias, low_rank_weight, softcap, temperature)
     statistics = hidden.new_empty(4, count, dtype=dtype) if with_statistics else None
-    ref_logps = None
-    if ref_hidden is None:
-        swept = _sweep(tokens, head, with_rows, statistics)
+    ref_tokens = None if ref_hidden is None else Tokens(ref_hidden, targets, None).at(kept)
+    if ref_tokens is not None and 2 * _whole_tiles(count) <= chunk_rows(len(weight), dtype, hidden.device):
+        swept, ref_logps = _stacked_sweep(tokens, ref_tokens.hidden, head, with_rows, statistics)
     else:
-        ref_tokens = Tokens(ref_hidden, targets, None).at(kept)
-        if 2 * _whole_tiles(count) <= chunk_rows(len(weight), dtype, hidden.device):
-            swept, ref_logps = _stacked_sweep(tokens, ref_tokens.hidden, head, with_rows, statistics)
-        else:
-            swept = _sweep(tokens, head, with_rows, statistics)
-            ref_logps = _sweep(ref_tokens, head, with_rows=False).logps
+        swept = _sweep(tokens, head, with_rows, statistics)
+        ref_logps = None if ref_tokens is None else _sweep(ref_tokens, head, with_rows=False).logps
 
-    def spread(made):
-        return hidden.new_empty(0, dtype=dtype) if made is None else _spread(made, kept, num_tokens)
+    def spread(made, dim=0, empty=(0,)):
+        """`made` of the tokens kept, which lie along `dim`, at their places among zeros; `empty` where not made."""
+        if made is None:
+            return hidden.new_empty(empty, dtype=dtype)
+        if kept is None:
+            return made
+        shape = (*made.shape[:dim], len(hidden), *made.shape[dim + 1 :])
+        return made.new_zeros(shape).index_copy_(dim, kept, made)
 
     return Outputs(
-        logps=spread(swept.logps),
-        ref_logps=spread(ref_logps),
-        rows=spread(swept.rows),
-        low_rank_rows=spread(swept.low_rank_rows),
-        statistics=_spread(statistics, kept, num_tokens, dim=1)
-        if with_statistics
-        else hidden.new_empty(4, 0, dtype=dtype),
+        *map(spread, (swept.logps, ref_logps, swept.rows, swept.low_rank_rows)), spread(statistics, 1, (4, 0))
     )
 
 
 @linear_token_logps_op.register_fake
 def _linear_token_logps_fake(*arguments):
     given = Arguments(*arguments)
-    num_tokens, dtype = len(given.hidden), accumulation_dtype(given.hidden.dtype)
+    num_tokens = len(given.hidden)
 
-    def empty(like, asked=True):
-        shape = like.shape if asked and like is not None else (0,)
-        return given.hidden.new_empty(shape, dtype=dtype)
+    def empty(*shape):
+        return given.hidden.new_empty(shape, dtype=accumulation_dtype(given.hidden.dtype))
 
-    logps = given.hidden.new_empty(num_tokens, dtype=dtype)
     return Outputs(
-        logps,
-        empty(logps, given.ref_hidden is not None),
-        empty(given.hidden, given.with_rows),
-        empty(given.low_rank, given.with_rows),
-        given.hidden.new_empty(4, num_tokens if given.with_statistics else 0, dtype=dtype),
+        logps=empty(num_tokens),
+        ref_logps=empty(0 if given.ref_hidden is None else num_tokens),
+        rows=empty(*given.hidden.shape) if given.with_rows else empty(0),
+        low_rank_rows=empty(*given.low_rank.shape) if given.with_rows and given.low_rank is not None else empty(0),
+        statistics=empty(4, num_tokens if given.with_statistics else 0),
     )
 
 
@@ -304,9 +288,7 @@ def _wanted(ctx):
 
 def _setup_context(ctx, inputs, output):
     given, wanted, made = Arguments(*inputs), _wanted(ctx), Outputs(*output)
-    ctx.hidden_dtype, ctx.softcap, ctx.temperature, ctx.dense = (
-        given.hidden.dtype, given.softcap, given.temperature, given.dense
-    )  # fmt: skip
+    ctx.hidden_dtype, ctx.transform, ctx.dense = given.hidden.dtype, (given.softcap, given.temperature), given.dense
     ctx.set_materialize_grads(False)
     ctx.head_is_trained = wanted.weight or wanted.bias or wanted.low_rank_weight
     # Hidden states are kept for the second sweep alone; otherwise the unit-gradient rows are all that stays.
@@ -325,7 +307,7 @@ def _backward(ctx, grad, *_):
     if wanted.low_rank:
         grads["low_rank"] = grad[:, None] * low_rank_rows
     if ctx.head_is_trained:
-        found = head_gradient_op(grad.contiguous(), *head, ctx.softcap, ctx.temperature, wanted.weight, ctx.dense)
+        found = head_gradient_op(grad.contiguous(), *head, *ctx.transform, wanted.weight, ctx.dense)
         for name, gradient in zip(("weight", "bias", "low_rank_weight"), found, strict=True):
             grads[name] = gradient if getattr(wanted, name) else None
     return Arguments(**grads)

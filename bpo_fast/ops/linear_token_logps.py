@@ -54,7 +54,7 @@ def _through_head(
     with_statistics=False,
     dense=False,
 ):
-    """`Outputs` of the op, flat, for hidden states and targets of any shape, unchecked."""
+    """`Outputs` of the op, flat, for hidden states and targets of any shape, unchecked; and the `TokenStatistics`."""
     rows = hidden.reshape(-1, hidden.shape[-1])
     low_rank, low_rank_weight = _low_rank(rows, lora)
     with_rows = torch.is_grad_enabled() and (rows.requires_grad or (low_rank is not None and low_rank.requires_grad))
@@ -72,28 +72,27 @@ def _through_head(
         with_statistics=with_statistics,
         dense=dense,
     )
-    return Outputs(*linear_token_logps_op(*arguments))
+    outputs = Outputs(*linear_token_logps_op(*arguments))
+    if not with_statistics:
+        return outputs, None
+    return outputs, TokenStatistics(*outputs.statistics.detach().reshape(4, *targets.shape))
 
 
-def _statistics(outputs, shape):
-    return TokenStatistics(*outputs.statistics.detach().reshape(4, *shape))
-
-
-def flat_linear_token_logps(hidden, weight, targets, *, with_statistics=False, **options):
+def flat_linear_token_logps(hidden, weight, targets, **options):
     """`linear_token_logps` of [N, H] without its checks, for targets [N] none of which is ignored.
 
     Such rows need not be looked for, so on a GPU nothing waits. Returns (logps, TokenStatistics or None).
     """
-    outputs = _through_head(hidden, weight, targets, with_statistics=with_statistics, dense=True, **options)
-    return outputs.logps, _statistics(outputs, targets.shape) if with_statistics else None
+    outputs, statistics = _through_head(hidden, weight, targets, dense=True, **options)
+    return outputs.logps, statistics
 
 
-def linear_sequence_logps(hidden, ref_hidden, weight, targets, *, with_statistics=False, **options):
+def linear_sequence_logps(hidden, ref_hidden, weight, targets, **options):
     """`sequence_logps` from hidden states: `SequenceLogps` of hidden and ref_hidden (or None) [S, T, H], unchecked.
 
     The reference goes through the head without its adapter, and is a constant.
     """
-    outputs = _through_head(hidden, weight, targets, ref_hidden=ref_hidden, with_statistics=with_statistics, **options)
+    outputs, statistics = _through_head(hidden, weight, targets, ref_hidden=ref_hidden, **options)
     token_logps = outputs.logps.view(targets.shape)
     ref_token_logps = None if ref_hidden is None else outputs.ref_logps.detach().view(targets.shape)
     return SequenceLogps(
@@ -102,7 +101,7 @@ def linear_sequence_logps(hidden, ref_hidden, weight, targets, *, with_statistic
         ref_token_logps=ref_token_logps,
         ref_logps=None if ref_hidden is None else ref_token_logps.sum(1),
         num_tokens=(targets != IGNORE_INDEX).sum(1),
-        statistics=_statistics(outputs, targets.shape) if with_statistics else None,
+        statistics=statistics,
     )
 
 
@@ -111,7 +110,7 @@ def linear_logsumexp(hidden, weight, **options):
 
     What a shard of the vocabulary has to say of each token: see `vocab_parallel.py`.
     """
-    return -_through_head(hidden, weight, None, dense=True, **options).logps
+    return -_through_head(hidden, weight, None, dense=True, **options)[0].logps
 
 
 def linear_token_logps(
@@ -162,7 +161,7 @@ def linear_token_logps(
     check_same("targets", targets, "hidden", hidden)
     check_head("hidden", hidden, weight=("weight", weight), bias=("bias", bias), lora=("lora", lora))
     check_transform(logit_softcap, temperature)
-    outputs = _through_head(
+    outputs, statistics = _through_head(
         hidden,
         weight,
         targets,
@@ -173,4 +172,4 @@ def linear_token_logps(
         with_statistics=with_statistics,
     )
     logps = outputs.logps.reshape(targets.shape)
-    return (logps, _statistics(outputs, targets.shape)) if with_statistics else logps
+    return (logps, statistics) if with_statistics else logps

@@ -22,10 +22,9 @@ def _sigmoid_preference_fake(logps, ref_logps, num_tokens, beta, label_smoothing
 
 
 def _setup_context(ctx, inputs, output):
-    _, _, coefficients = output
     ctx.num_constants = len(inputs) - 1
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(coefficients)
+    ctx.save_for_backward(output[2])
 
 
 def _backward(ctx, grad, *_):
@@ -49,7 +48,6 @@ def sigmoid_preference(
         label_smoothing: as in `LossConfig`.
     """
     ref_logps = None if ref_logps is None else ref_logps.detach().contiguous()
-    loss, rewards, _ = _sigmoid_preference(
-        logps.contiguous(), ref_logps, num_tokens, float(beta), float(label_smoothing)
-    )
+    logps = logps.contiguous()
+    loss, rewards, _ = _sigmoid_preference(logps, ref_logps, num_tokens, float(beta), float(label_smoothing))
     return loss, rewards.detach()

@@ -151,9 +151,7 @@ def _sequence_logps(
 
 
 @_sequence_logps.register_fake
-def _sequence_logps_fake(
-    logits, ref_logits, targets, softcap, temperature, with_sums, with_statistics, inplace_backward
-):
+def _sequence_logps_fake(logits, ref_logits, targets, softcap, temperature, with_sums, with_statistics, inplace):
     num_sequences, num_tokens = targets.shape
 
     def empty(*shape):
@@ -245,12 +243,9 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, *grads):
-    return _logits_gradient(ctx, Outputs(*grads)), *[None] * ctx.num_constants
-
-
-def _logits_gradient(ctx, grads):
+    grads, constants = Outputs(*grads), [None] * ctx.num_constants
     if grads.token_logps is None and grads.logps is None:
-        return None
+        return None, *constants
     grad_tokens = None if grads.token_logps is None else grads.token_logps[0].contiguous()
     grad_sums = None if grads.logps is None or not grads.logps.numel() else grads.logps.contiguous()
     arguments = (grad_tokens, grad_sums, *ctx.saved_tensors, ctx.softcap, ctx.temperature)
@@ -259,8 +254,8 @@ def _logits_gradient(ctx, grads):
     own_memory = all(stride > 0 or size == 1 for size, stride in zip(logits.shape, logits.stride(), strict=True))
     if ctx.inplace_backward and logits.stride(-1) == 1 and own_memory:
         _sequence_logps_backward_(*arguments)
-        return logits
-    return _sequence_logps_backward(*arguments)
+        return logits, *constants
+    return _sequence_logps_backward(*arguments), *constants
 
 
 _sequence_logps.register_autograd(_backward, setup_context=_setup_context)
@@ -299,7 +294,7 @@ def sequence_logps(
     shift. Differentiable in `logits`; the reference is a constant. `with_sums` asks for the sums and `num_tokens`; the
     other arguments are those of `token_logps`.
     """
-    outputs = _sequence_logps(
+    token_logps, logps, ref_logps, num_tokens, statistics, _ = _sequence_logps(
         logits,
         None if ref_logits is None else ref_logits.detach(),
         targets.contiguous(),
@@ -309,14 +304,13 @@ def sequence_logps(
         with_statistics,
         inplace_backward,
     )
-    found = Outputs(*outputs)
     return SequenceLogps(
-        token_logps=found.token_logps[0],
-        logps=found.logps if with_sums else None,
-        ref_token_logps=None if ref_logits is None else found.token_logps[1],
-        ref_logps=found.ref_logps if with_sums and ref_logits is not None else None,
-        num_tokens=found.num_tokens if with_sums else None,
-        statistics=TokenStatistics(*found.statistics.detach()) if with_statistics else None,
+        token_logps=token_logps[0],
+        logps=logps if with_sums else None,
+        ref_token_logps=None if ref_logits is None else token_logps[1],
+        ref_logps=ref_logps if with_sums and ref_logits is not None else None,
+        num_tokens=num_tokens if with_sums else None,
+        statistics=TokenStatistics(*statistics.detach()) if with_statistics else None,
     )
 
 

@@ -1,16 +1,11 @@
 """Token log-probs where each process holds a part of the head: the vocabulary of a tensor-parallel model.
 
-A process computes two things from its own rows of the head: the log-sum-exp of their logits, with unit-gradient rows
-as `linear_token_logps` makes them, and the logit of the target if the target is one of them. With l_i the log-sum-exp
-of process i and x_y the target's logit,
+With l_i the log-sum-exp of the logits of process i and x_y the target's logit, which one of them has,
 
     log p_y = x_y - log sum_i exp(l_i),    d log p_y / d l_i = -exp(l_i - log sum_i exp(l_i)),
 
-so two numbers per token are exchanged forward, and a gradient of the hidden states backward. Logits stay where they
-are.
-
-Where the tokens are split instead (sequence parallel), each process calls `linear_token_logps` on its own tokens, and
-sums of log-probs are added up over the processes.
+so two numbers per token are exchanged forward, and a gradient of the hidden states backward. Where the tokens are
+split instead (sequence parallel), each process calls `linear_token_logps` on its own, and sums are added up.
 """
 
 import torch
@@ -105,13 +100,11 @@ def vocab_parallel_token_logps(
     flat = targets.reshape(-1).to(torch.int64)
     kept = (flat != IGNORE_INDEX).nonzero().squeeze(1)
     rows = _SumGradients.apply(hidden.reshape(-1, hidden.shape[-1])[kept], group)
-    logsumexp = linear_logsumexp(
-        rows, weight_shard, bias=bias_shard, logit_softcap=logit_softcap, temperature=temperature
-    )
+    transform = {"logit_softcap": logit_softcap, "temperature": temperature}
+    logsumexp = linear_logsumexp(rows, weight_shard, bias=bias_shard, **transform)
     local = flat[kept] - vocab_start
     here = (local >= 0) & (local < len(weight_shard))
-    local = local.clamp(0, len(weight_shard) - 1)
-    logit = target_logits(rows, weight_shard, local, bias_shard)
+    logit = target_logits(rows, weight_shard, local.clamp(0, len(weight_shard) - 1), bias_shard)
     logit = final_logits(logit, logit_softcap, temperature)
     merged = _Merge.apply(logsumexp, logit, here.to(logit.dtype), group)
     return merged.new_zeros(flat.shape).index_copy(0, kept, merged).view(targets.shape)

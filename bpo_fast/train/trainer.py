@@ -20,8 +20,6 @@ from bpo_fast.ops.rows import TokenStatistics
 from bpo_fast.train.collator import PackedSequence, PreferenceCollator
 from bpo_fast.train.config import BPOConfig
 
-_COLUMNS = ("images", "image", "prompt", "chosen", "rejected")
-
 
 class BPOTrainer(Trainer):
     """Trains a LoRA adapter on preference pairs, or on their chosen answers with `loss_type="sft"`.
@@ -108,7 +106,7 @@ class BPOTrainer(Trainer):
         )
 
     def _set_signature_columns_if_needed(self):
-        self._signature_columns = list(_COLUMNS)
+        self._signature_columns = ["images", "image", "prompt", "chosen", "rejected"]
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """One backward pass per packed sequence; each one's loss is its share of the batch's mean."""

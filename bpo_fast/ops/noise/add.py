@@ -4,14 +4,7 @@ import torch
 from torch import Tensor
 
 from bpo_fast.ops.noise.launch import DEVICES, check_samples_apart, launch_samples, overlap
-from bpo_fast.ops.noise.operands import (
-    check_out,
-    check_stream,
-    check_values,
-    save_scales,
-    select_scales,
-    signal_scales,
-)
+from bpo_fast.ops.noise.operands import check_out, check_stream, check_values, save_scales, scales_of, signal_scales
 from bpo_fast.ops.noise.schedule import NoiseSchedule
 
 
@@ -61,7 +54,7 @@ def add_noise(
     """
     check_values("x", x, ("B", "..."))
     check_stream(x.shape[0], schedule, seed, sample_ids)
-    scales, steps = select_scales(step, x.shape[0], schedule, x.device)
+    scales, steps = scales_of(step, x.shape[0], schedule, x.device)
     if out is None:
         return torch.ops.bpo_fast.add_noise(x, scales, steps, sample_ids, seed)
     check_out(out, x, x.shape)

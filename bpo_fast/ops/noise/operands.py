@@ -47,7 +47,7 @@ def check_stream(samples: int, schedule: NoiseSchedule, seed: int, sample_ids: T
         check_indices("sample_ids", sample_ids, (samples,), dtypes=(torch.int64,))
 
 
-def select_scales(
+def scales_of(
     step: int | Tensor, samples: int, schedule: NoiseSchedule, device: torch.device
 ) -> tuple[Tensor, Tensor | None]:
     """Scales [1, 2] of one step and None, or the scales [T, 2] of all steps and int64 steps [samples]."""

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from bpo_fast.ops.checks import INTEGER_DTYPES, check_device, check_indices, check_ranges, is_int
 from bpo_fast.ops.noise.launch import DEVICES, dense, launch, overlap
-from bpo_fast.ops.noise.operands import check_no_grad, check_stream, check_values, select_scales
+from bpo_fast.ops.noise.operands import check_no_grad, check_stream, check_values, scales_of
 from bpo_fast.ops.noise.schedule import NoiseSchedule
 
 # The step that adds nothing: features are cast and written as they are.
@@ -85,7 +85,7 @@ def add_noise_rows(
         step = torch.full((samples,), CLEAN)
         schedule = _NO_NOISE if schedule is None else schedule
     check_stream(samples, schedule, seed, sample_ids)
-    scales, steps = select_scales(step, samples, schedule, x.device)
+    scales, steps = scales_of(step, samples, schedule, x.device)
     ids = source if sample_ids is None else sample_ids
     torch.ops.bpo_fast.add_noise_rows(x, scales, steps, ids, seed, source, rows.to(torch.int64).flatten(), out)
     return out

@@ -76,9 +76,8 @@ class NoiseSchedule:
             >>> print(f"{NoiseSchedule.linear().alpha_bar[0]:.4f}")
             0.9999
         """
-        return cls._from_betas(
-            torch.linspace(1e-4, 0.02, _checked_num_steps(num_steps), dtype=torch.float64), "linear"
-        )
+        betas = torch.linspace(1e-4, 0.02, _checked_num_steps(num_steps), dtype=torch.float64)
+        return cls._from_betas(betas, "linear")
 
     @classmethod
     def cosine(cls, num_steps: int = 1000) -> NoiseSchedule:
