@@ -45,9 +45,8 @@ def report() -> list[Finding]:
         True
     """
     python = Finding("python", "ok", f"{platform.python_version()} on {platform.platform()}")
-    op = [_devices(), _cpu_op(), _cuda_op()]
-    attention = [_attention(device_type) for device_type in ("cpu", "cuda")]
-    return [python, *_required(), *op, *attention, *(_optional(*optional) for optional in _OPTIONAL)]
+    machine = [_devices(), _cpu_op(), _cuda_op(), _attention("cpu"), _attention("cuda")]
+    return [python, *_required(), *machine, *(_optional(*optional) for optional in _OPTIONAL)]
 
 
 def run() -> int:
@@ -114,29 +113,22 @@ def _torch_cuda():
 def _devices():
     torch = _torch_cuda()
     if torch is None:
-        seen = _driver_devices()
+        try:
+            seen = native.extension().cuda_device_count()
+        except ImportError:
+            seen = 0
         detail = f"{os.cpu_count()} CPU cores ({platform.machine()}); torch sees no CUDA device"
-        if seen:
-            return Finding(
-                "devices",
-                "missing",
-                f"{detail}, but the driver shows {seen}; this torch was built without CUDA, or for a newer driver",
-                "install the CUDA build of torch from https://pytorch.org/get-started/locally",
-            )
-        return Finding("devices", "ok", detail)
+        if not seen:
+            return Finding("devices", "ok", detail)
+        detail += f", but the driver shows {seen}; this torch was built without CUDA, or for a newer driver"
+        remedy = "install the CUDA build of torch from https://pytorch.org/get-started/locally"
+        return Finding("devices", "missing", detail, remedy)
     names = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         memory = properties.total_memory / 2**30
         names.append(f"cuda:{index} {properties.name}, sm_{properties.major}{properties.minor}, {memory:.0f} GiB")
     return Finding("devices", "ok", "; ".join(names))
-
-
-def _driver_devices():
-    try:
-        return native.extension().cuda_device_count()
-    except ImportError:
-        return 0
 
 
 def _cpu_op():

@@ -1,7 +1,7 @@
 """Answers to questions about images, in batches."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from PIL import Image
@@ -35,7 +35,7 @@ class GenerationSettings:
     Example:
         >>> GenerationSettings(max_new_tokens=64, temperature=0.7)
         Traceback (most recent call last):
-        ValueError: temperature: found 0.7, expected None with greedy decoding; set do_sample to sample.
+        ValueError: temperature: found 0.7, expected None with greedy decoding; set do_sample.
     """
 
     max_new_tokens: int = 512
@@ -52,9 +52,7 @@ class GenerationSettings:
         ):
             value = getattr(self, name)
             if value is not None and not self.do_sample:
-                raise ValueError(
-                    f"{name}: found {value}, expected None with greedy decoding; set do_sample to sample."
-                )
+                raise ValueError(f"{name}: found {value}, expected None with greedy decoding; set do_sample.")
             if value is not None and not fits(value):
                 raise ValueError(f"{name}: found {value}, expected {wanted}.")
 
@@ -93,15 +91,7 @@ def generate(
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        sequences = model.generate(
-            **inputs,
-            max_new_tokens=settings.max_new_tokens,
-            do_sample=settings.do_sample,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            pad_token_id=tokenizer.pad_token_id,
-            **top_k,
-        )
+        sequences = model.generate(**inputs, **asdict(settings), **top_k, pad_token_id=tokenizer.pad_token_id)
     tokens = sequences[:, inputs["input_ids"].shape[1] :]
     ends = model.generation_config.eos_token_id
     ends = torch.tensor(tokenizer.eos_token_id if ends is None else ends, device=tokens.device)

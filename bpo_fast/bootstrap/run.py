@@ -7,7 +7,6 @@ about the weakened image (BPO, arXiv 2403.08730, section 3.1). The weakened imag
 import os
 import random
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from datasets import Dataset
 
 from bpo_fast.answers.batches import answer_in_batches
 from bpo_fast.answers.generate import GenerationSettings, generate
-from bpo_fast.data.annotations import Annotation, Skip, check_response, read_annotations
+from bpo_fast.data.annotations import Skip, check_response, read_annotations
 from bpo_fast.data.formats import preference_row
 from bpo_fast.data.pairs import METADATA_FILE, PAIRS_FILE, load_preference_dataset, write_pairs
 from bpo_fast.models.load import load_model, load_processor
@@ -133,9 +132,8 @@ def bootstrap(
             _respond(model, processor, samples, Path(image_folder), journal, decoding, noise)
         responses = journal.records
 
-    pairs, dropped = _pair(
-        samples, responses, "self_generated" if noise_step is None else "image_weakened", max_response_words
-    )
+    rejected_type = "self_generated" if noise_step is None else "image_weakened"
+    pairs, dropped = _pair(samples, responses, rejected_type, max_response_words)
     skipped = sorted([*skipped, *dropped], key=lambda skip: skip.record)
     counts = {
         "records": num_records,
@@ -150,10 +148,8 @@ def bootstrap(
             f"annotations: found no pair in {num_records} records ({times} with {reason}), expected at least one; see "
             f"{output_dir / SKIPPED_FILE}."
         )
-    write_json(
-        output_dir / METADATA_FILE,
-        {"settings": settings, "image_folder": str(Path(image_folder).resolve()), "counts": counts},
-    )
+    metadata = {"settings": settings, "image_folder": str(Path(image_folder).resolve()), "counts": counts}
+    write_json(output_dir / METADATA_FILE, metadata)
     write_pairs(output_dir / PAIRS_FILE, pairs)
     return load_preference_dataset(output_dir)
 
@@ -175,9 +171,7 @@ def _respond(model, processor, samples, image_folder, journal, decoding, noise):
     answer_in_batches(model, processor, samples, paths, journal, answer, skip=skip, desc="bootstrap")
 
 
-def _pair(
-    samples: Sequence[Annotation], responses: Sequence[dict], rejected_type: str, max_response_words: int | None
-) -> tuple[list[dict], list[Skip]]:
+def _pair(samples, responses, rejected_type, max_response_words):
     """Pairs in the order of the annotations, and the samples that give none."""
     pairs, dropped = [], []
     for sample, response in sorted(zip(samples, responses, strict=True), key=lambda both: both[0].record):
@@ -190,15 +184,7 @@ def _pair(
         except ValueError as reason:
             dropped.append(Skip(sample.record, sample.id, str(reason)))
             continue
-        pairs.append(
-            preference_row(
-                sample.image,
-                sample.question,
-                sample.answer,
-                response["text"],
-                id=sample.id,
-                rejected_type=rejected_type,
-                rejected_truncated=response["truncated"],
-            )
-        )
+        texts = sample.question, sample.answer, response["text"]
+        extra = {"id": sample.id, "rejected_type": rejected_type, "rejected_truncated": response["truncated"]}
+        pairs.append(preference_row(sample.image, *texts, **extra))
     return pairs, dropped

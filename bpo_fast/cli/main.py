@@ -145,9 +145,7 @@ def _without(options: dict, *names: str) -> dict:
 def demo(argv: Sequence[str]) -> None:
     """Run the whole method on a miniature world and write a report."""
     parser = Parser(prog="bpo-fast demo", description=demo.__doc__, allow_abbrev=False)
-    parser.add_argument(
-        "--output_dir", default="bpo-demo", help="Output folder of the run and its report (default: %(default)s)."
-    )
+    parser.add_argument("--output_dir", default="bpo-demo", help="Folder of run and report (default: %(default)s).")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="Random seeds, one run each (default: 0).")
     arguments = parser.parse_args(argv)
     from bpo_fast.demo import pipeline
@@ -194,8 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("bpo-fast: interrupted; the same command resumes where this one stopped.", file=sys.stderr)
         return 130
-    # A mistake of the user, or something that this machine lacks, comes as one of these, with a sentence that says
-    # what to do.
+    # A mistake of the user, or something that this machine lacks, with a sentence that says what to do.
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         if traceback:
             raise

@@ -142,15 +142,16 @@ def _tokens(name, value):
     """A recipe's value as the command line would give it, so that both go through the same checks."""
     if isinstance(value, list):
         return [f"--{name}", *map(str, value)]
-    if isinstance(value, dict):
-        return [f"--{name}={json.dumps(value)}"]
-    if isinstance(value, bool):
-        return [f"--{name}={str(value).lower()}"]
-    return [f"--{name}={value}"]
+    return [f"--{name}={json.dumps(value) if isinstance(value, dict | bool) else value}"]
 
 
 def _read_recipe(config: str, command: str, names: Collection[str]) -> dict[str, Any]:
-    path = _find_recipe(config)
+    packaged = _packaged()
+    path = Path(config) if Path(config).is_file() else packaged.get(config)
+    if path is None:
+        raise FileNotFoundError(
+            f"--config: found no file '{config}', expected a file or one of {', '.join(packaged)}."
+        )
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.MarkedYAMLError as error:
@@ -172,12 +173,12 @@ def _read_recipe(config: str, command: str, names: Collection[str]) -> dict[str,
         else:
             expected = "a section or an option that all commands share"
             raise ValueError(_unknown(f"{path}, '{key}'", expected, key, {*SECTIONS, *shared}))
-    for key, value in (recipe.get(command) or {}).items():
+    section = recipe.get(command) or {}
+    for key in section:
         if key not in names:
             where = f"{path}, section '{command}', '{key}'"
             raise ValueError(_unknown(where, f"an option of '{command}'", key, names))
-        values[key] = value
-    return values
+    return values | section
 
 
 def _packaged() -> dict[str, Traversable]:
@@ -185,16 +186,6 @@ def _packaged() -> dict[str, Traversable]:
     folder = resources.files("bpo_fast") / "recipes"
     entries = sorted(folder.iterdir(), key=lambda entry: entry.name) if folder.is_dir() else []
     return {entry.name.removesuffix(".yaml"): entry for entry in entries if entry.name.endswith(".yaml")}
-
-
-def _find_recipe(config: str) -> Path | Traversable:
-    """The file `config`, or the recipe of that name that comes with the package."""
-    if Path(config).is_file():
-        return Path(config)
-    packaged = _packaged()
-    if config in packaged:
-        return packaged[config]
-    raise FileNotFoundError(f"--config: found no file '{config}', expected a file or one of {', '.join(packaged)}.")
 
 
 def _unknown(where: str, expected: str, name: object, names: Collection[str]) -> str:

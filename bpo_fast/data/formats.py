@@ -13,8 +13,6 @@ import json
 from itertools import product
 from typing import Any
 
-_IMAGE_TAGS = ("<image>", "<img>")
-
 
 def preference_row(image: str, question: str, chosen: str, rejected: str, **extra: Any) -> dict:
     """One preference pair in TRL's columns; `extra` columns are kept beside them.
@@ -78,18 +76,13 @@ def _from_trl(record, record_id):
 
 
 def _from_bpo(record, record_id):
-    question = _untagged(record["prompt"])
+    image, question = record["image"], _untagged(record["prompt"])
     return [
         preference_row(
-            record["image"],
-            question,
-            chosen["response"],
-            rejected["response"],
-            id=record_id,
-            rejected_type=str(rejected.get("type")),
+            image, question, better["response"], worse["response"], id=record_id, rejected_type=str(worse.get("type"))
         )
-        for chosen, rejected in product(record["completions"], repeat=2)
-        if chosen["score"] > rejected["score"]
+        for better, worse in product(record["completions"], repeat=2)
+        if better["score"] > worse["score"]
     ]
 
 
@@ -110,9 +103,7 @@ def _from_povid(record, record_id):
 
 
 def _untagged(question):
-    for tag in _IMAGE_TAGS:
-        question = question.replace(tag, "")
-    return question.strip()
+    return question.replace("<image>", "").replace("<img>", "").strip()
 
 
 # Name, the keys that tell the format, and the pairs of a record.

@@ -58,16 +58,22 @@ def load_preference_dataset(path: str | os.PathLike, *, image_folder: str | os.P
         raise FileNotFoundError(f"dataset: found nothing at '{path}', expected preference pairs.")
     if (path / "dataset_info.json").is_file():
         if image_folder is not None:
-            raise ValueError(
-                f"image_folder: found '{image_folder}', expected None for '{path}', a saved data set with its images."
-            )
+            raise ValueError(f"image_folder: found '{image_folder}', expected None for the saved data set '{path}'.")
         dataset = load_from_disk(str(path))
         missing = [name for name in COLUMNS if name not in dataset.column_names]
         if missing:
             raise ValueError(f"{path}: found no column '{missing[0]}', expected {', '.join(COLUMNS)}.")
         return dataset
     if path.is_dir():
-        file, default_folder = path / PAIRS_FILE, _image_folder_of(path)
+        file, metadata = path / PAIRS_FILE, path / METADATA_FILE
+        if not metadata.is_file():
+            raise ValueError(f"dataset: found no {METADATA_FILE} in '{path}', expected pairs or a saved data set.")
+        if not file.is_file():
+            raise ValueError(
+                f"dataset: found an unfinished bootstrap in '{path}', expected {PAIRS_FILE}; run the same bootstrap "
+                "command again to finish it."
+            )
+        default_folder = read_json(metadata)["image_folder"]
     else:
         file, default_folder = path, path.parent
     records = read_json(file)
@@ -87,17 +93,6 @@ def load_preference_dataset(path: str | os.PathLike, *, image_folder: str | os.P
 def dataset_fingerprint(dataset: Dataset) -> str:
     """Fingerprint of the questions and responses of a data set, which tells one set of pairs from another."""
     return fingerprint(dataset.select_columns(["prompt", "chosen", "rejected"]).iter(batch_size=1000))
-
-
-def _image_folder_of(path):
-    if not (path / METADATA_FILE).is_file():
-        raise ValueError(f"dataset: found no {METADATA_FILE} in '{path}', expected pairs or a saved data set.")
-    if not (path / PAIRS_FILE).is_file():
-        raise ValueError(
-            f"dataset: found an unfinished bootstrap in '{path}', expected {PAIRS_FILE}; run the same bootstrap "
-            "command again to finish it."
-        )
-    return read_json(path / METADATA_FILE)["image_folder"]
 
 
 def _to_dataset(pairs, image_folder, file):

@@ -98,7 +98,10 @@ def run(
     results = {"settings": asdict(settings), "seeds": runs, "mean": _mean([run["scores"] for run in runs])}
     write_json(output_dir / "results.json", results)
     write_report(output_dir, results)
-    _print_summary(results)
+    print(f"{'':6}{'hallucinated responses':>24}{'objects':>10}{'yes/no accuracy':>18}")
+    for method, score in results["mean"].items():
+        rates = score["chair"]["response_rate"], score["chair"]["object_rate"], score["pope"]["accuracy"]
+        print(f"{method:6}{rates[0]:>24.1%}{rates[1]:>10.1%}{rates[2]:>18.1%}")
     return results
 
 
@@ -114,24 +117,16 @@ def _run_seed(folder, seed, settings, model_path):
         _train(folder / method, method, pairs, seed, settings, model_path, processor)
     print(f"seed {seed}, 4/4: evaluation on {settings.num_heldout} held-out images")
     scores = {method: _evaluate(folder, method, heldout, model_path, processor) for method in ("base", *METHODS)}
-    likelihood = _stage(folder / "likelihood.json", lambda: _likelihood(seed, settings, model_path, processor))
+    likelihood = _likelihood(folder / "likelihood.json", seed, settings, model_path, processor)
     logps = {method: read_json(folder / method / "logps.json") for method in METHODS}
     return {"seed": seed, "num_pairs": len(pairs), "scores": scores, "logps": logps, "likelihood": likelihood}
-
-
-def _stage(path, make):
-    """The JSON at `path`, made first where it is missing."""
-    if not path.exists():
-        write_json(path, make())
-    return read_json(path)
 
 
 def _make_world(folder, seed, settings):
     annotations, heldout = folder / "annotated" / "instruct.json", folder / "heldout"
     if not annotations.exists():
-        world.write_instruct(
-            annotations.parent, settings.num_annotations, bias=settings.annotation_bias, seed=10 * seed + 1
-        )
+        bias = settings.annotation_bias
+        world.write_instruct(annotations.parent, settings.num_annotations, bias=bias, seed=10 * seed + 1)
     questions = heldout / "descriptions.json", heldout / "yes_no.json"
     if not questions[-1].exists():
         world.write_heldout(heldout, settings.num_heldout, bias=0.0, seed=10 * seed + 2)
@@ -191,30 +186,22 @@ def _evaluate(folder, method, questions, model_path, processor):
     adapter = None if method == "base" else folder / method
     model = load_model(model_path, dtype=torch.float32, device="cpu", adapter=adapter)
     options = {"adapter": adapter, "max_new_tokens": 48, "batch_size": 64}
-    descriptions, yes_no = questions
-    images = descriptions.parent / "images"
-    scores = folder / "scores"
-    return {
-        "chair": evaluate(
-            model,
-            processor,
-            descriptions,
-            images,
-            scores / f"{method}-chair",
-            kind="chair",
-            synonyms=world.synonym_table(),
-            **options,
-        ),
-        "pope": evaluate(model, processor, yes_no, images, scores / f"{method}-pope", kind="pope", **options),
-    }
+    scores = {}
+    for kind, file, synonyms in zip(("chair", "pope"), questions, (world.synonym_table(), None), strict=True):
+        output_dir = folder / "scores" / f"{method}-{kind}"
+        images = file.parent / "images"
+        scores[kind] = evaluate(model, processor, file, images, output_dir, kind=kind, synonyms=synonyms, **options)
+    return scores
 
 
-def _likelihood(seed, settings, model_path, processor):
-    model = load_model(model_path, dtype=torch.float32, device="cpu")
-    enable_packed_forward(model)
-    rng = random.Random(10 * seed + 3)
-    scenes = [world.sample_scene(rng, bias=0.0) for _ in range(settings.num_likelihood_scenes)]
-    return likelihood_by_step(model, processor, scenes, LIKELIHOOD_STEPS, seed=seed)
+def _likelihood(path, seed, settings, model_path, processor):
+    if not path.exists():
+        model = load_model(model_path, dtype=torch.float32, device="cpu")
+        enable_packed_forward(model)
+        rng = random.Random(10 * seed + 3)
+        scenes = [world.sample_scene(rng, bias=0.0) for _ in range(settings.num_likelihood_scenes)]
+        write_json(path, likelihood_by_step(model, processor, scenes, LIKELIHOOD_STEPS, seed=seed))
+    return read_json(path)
 
 
 def _mean(scores):
@@ -227,10 +214,3 @@ def _mean(scores):
         }
         for method in ("base", *METHODS)
     }
-
-
-def _print_summary(results):
-    print(f"{'':6}{'hallucinated responses':>24}{'objects':>10}{'yes/no accuracy':>18}")
-    for method, score in results["mean"].items():
-        rates = score["chair"]["response_rate"], score["chair"]["object_rate"], score["pope"]["accuracy"]
-        print(f"{method:6}{rates[0]:>24.1%}{rates[1]:>10.1%}{rates[2]:>18.1%}")

@@ -2,18 +2,11 @@
 
     python -m bpo_fast.demo.tiny_llava --output_dir checkpoint
 
-It is a `LlavaForConditionalGeneration` with its `LlavaProcessor`, in the layout of llava-hf/llava-1.5-7b-hf: CLIP
-tower, features of its last but one layer without the class token, two-layer projector, Llama. Brought up in four
-stages:
-
-1. the vision tower learns what color and shape each patch belongs to, in an unbiased world;
-2. the language model reads sentences about a biased world;
-3. projector and language model learn to answer questions about images of an unbiased world: all can be seen;
-4. both go on with images of a biased world that are hard to make out. Saying what is typical pays there, and it
-   becomes a habit that overrules images as clear as day.
-
-So the image features hold the truth and the model has known how to read them, but out of habit it says what usually
-is there: what preference training of the language model alone can put right.
+It is a `LlavaForConditionalGeneration` with its `LlavaProcessor`, in the layout of llava-hf/llava-1.5-7b-hf. The
+vision tower learns to see an unbiased world (stage 1), the language model reads about a biased one (2), and both
+answer questions about an unbiased world (3). Stage 4 goes on with images of a biased world that are hard to make out:
+saying what is typical pays there, and becomes a habit that overrules images as clear as day. So the image features
+hold the truth, but the model says what usually is there: preference training of the language model can put that right.
 """
 
 import argparse
@@ -69,25 +62,24 @@ CHAT_TEMPLATE = (
 def build_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
     """Byte-level BPE over the world's sentences: a word of the world is one token, any other text still encodes."""
     rng = random.Random(seed)
-    texts = [f"USER: \n{question} ASSISTANT: {answer}" for question, answer in _conversations(rng, 0.0, 4000)]
+    samples = [world.sample_conversation(rng, bias=0.0) for _ in range(4000)]
+    texts = [f"USER: \n{question} ASSISTANT: {answer}" for _, question, answer in samples]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    specials = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
+    specials = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special_tokens = [*specials.values(), "<image>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=512,
-        special_tokens=specials,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=512, special_tokens=special_tokens, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
     )
-    names = dict(zip(("unk_token", "bos_token", "eos_token", "pad_token"), specials, strict=False))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        **names,
+        **specials,
         extra_special_tokens={"image_token": "<image>"},
         model_max_length=512,
         padding_side="left",
@@ -97,9 +89,8 @@ def build_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
 
 def build_processor(seed: int = 0) -> LlavaProcessor:
     side = {"height": PIXELS, "width": PIXELS}
-    image_processor = CLIPImageProcessorPil(size={"shortest_edge": PIXELS}, crop_size=side)
     return LlavaProcessor(
-        image_processor=image_processor,
+        image_processor=CLIPImageProcessorPil(size={"shortest_edge": PIXELS}, crop_size=side),
         tokenizer=build_tokenizer(seed),
         patch_size=PATCH,
         vision_feature_select_strategy="default",
@@ -110,25 +101,13 @@ def build_processor(seed: int = 0) -> LlavaProcessor:
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
     """The untrained model, float32."""
+    sizes = {"hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 4}
+    token_ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     vision_config = CLIPVisionConfig(
-        image_size=PIXELS,
-        patch_size=PATCH,
-        hidden_size=96,
-        intermediate_size=192,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        projection_dim=96,
+        image_size=PIXELS, patch_size=PATCH, num_hidden_layers=3, projection_dim=96, **sizes
     )
     text_config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=96,
-        intermediate_size=192,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        max_position_embeddings=512,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        vocab_size=len(tokenizer), num_hidden_layers=4, max_position_embeddings=512, **sizes, **token_ids
     )
     config = LlavaConfig(
         vision_config=vision_config,
@@ -140,10 +119,6 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
         tie_word_embeddings=False,
     )
     return LlavaForConditionalGeneration(config)
-
-
-def _conversations(rng, bias, count):
-    return [world.sample_conversation(rng, bias)[1:] for _ in range(count)]
 
 
 def _fit(name, parameters, loss_of_batch, *, steps, learning_rate):
@@ -219,8 +194,7 @@ def collate(processor, images, prompts, responses) -> dict[str, torch.Tensor]:
 
     Args:
         processor: of a LLaVA.
-        images: one a prompt.
-        prompts: rendered prompts, each with one `<image>` and with its BOS.
+        images, prompts: one image a rendered prompt, which has one `<image>` and its BOS.
         responses: texts that follow, as the tokenizer should see them: with their leading space.
     """
     prompt = encode(processor, prompts, [[image] for image in images])
@@ -289,8 +263,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--output_dir", default=str(CHECKPOINT))
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    train(arguments.output_dir, seed=arguments.seed)
+    train(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,9 @@
 """A miniature world: small images of colored shapes whose parts nearly always come in the same company.
 
 An image has one object in its left column, one to three objects of another kind to the right, and a ground. Every
-left object has a *typical* company by its color: a red circle stands beside two blue squares on sand.
-`sample_scene(bias=...)` says how often a scene obeys. A model brought up where nearly all do learns to say "blue
-squares" once it has said "red circle", whatever it sees: the language prior that BPO is about, small enough to watch.
-
-Images and texts are written as LLaVA-Instruct data: a folder of PNG files and a JSON list of
-`{id, image, conversations}`. Everything is a function of the seed alone.
+left object has a *typical* company by its color: a red circle stands beside two blue squares on sand. A model brought
+up where nearly all scenes obey learns to say "blue squares" once it has said "red circle", whatever it sees: the
+language prior that BPO is about, small enough to watch. Everything is a function of the seed alone.
 """
 
 import os
@@ -171,12 +168,8 @@ def describe(scene: Scene) -> str:
     >>> describe(Scene(Object("red", "circle"), *typical_company(Object("red", "circle")), layout_seed=0))
     'On the left there is a red circle. On the right there are two blue squares. The ground is sand.'
     """
-    verb, phrase = counted(scene.right, scene.count)
-    return f"On the left there is {article(str(scene.left))}. On the right there {verb} {phrase}. {_ground(scene)}"
-
-
-def _ground(scene):
-    return f"The ground is {scene.ground}."
+    left, right = article(str(scene.left)), " ".join(counted(scene.right, scene.count))
+    return f"On the left there is {left}. On the right there {right}. The ground is {scene.ground}."
 
 
 def present(scene: Scene) -> set[str]:
@@ -193,20 +186,18 @@ def absent_objects(scene: Scene) -> list[str]:
 
 def question_answer(scene: Scene, kind: str, rng: random.Random) -> tuple[str, str]:
     """A question of `kind` (a key of `QUESTIONS`) about a scene and its true answer."""
-    question = QUESTIONS[kind]
     verb, phrase = counted(scene.right, scene.count)
-    if kind == "describe":
-        return question, describe(scene)
-    if kind == "left":
-        return question, f"There is {article(str(scene.left))}."
-    if kind == "right":
-        return question, f"There {verb} {phrase}."
-    if kind == "count":
-        return question, f"There {verb} {NUMBERS[scene.count - 1]}."
-    if kind == "ground":
-        return question, _ground(scene)
-    asked, verdict = (str(scene.right), "yes") if rng.random() < 0.5 else (rng.choice(absent_objects(scene)), "no")
-    return question.format(object=article(asked)), f"There {verb} {phrase}, so {verdict}."
+    if kind == "exists":
+        asked, verdict = (str(scene.right), "yes") if rng.random() < 0.5 else (rng.choice(absent_objects(scene)), "no")
+        return QUESTIONS[kind].format(object=article(asked)), f"There {verb} {phrase}, so {verdict}."
+    answers = {
+        "describe": describe(scene),
+        "left": f"There is {article(str(scene.left))}.",
+        "right": f"There {verb} {phrase}.",
+        "count": f"There {verb} {NUMBERS[scene.count - 1]}.",
+        "ground": f"The ground is {scene.ground}.",
+    }
+    return QUESTIONS[kind], answers[kind]
 
 
 def sample_conversation(rng: random.Random, bias: float, mix: dict[str, int] = INSTRUCT_MIX) -> tuple[Scene, str, str]:
@@ -233,10 +224,9 @@ def text_corpus(num_texts: int, *, bias: float, seed: int) -> list[str]:
 
 
 def write_instruct(folder: str | os.PathLike, num_records: int, *, bias: float, seed: int) -> Path:
-    """Write `num_records` images and a LLaVA-Instruct JSON about them; return the path of the JSON.
+    """Write images to `folder/images`, LLaVA-Instruct records about them to `folder/instruct.json`; return its path.
 
-    The images go to `folder/images`, the records to `folder/instruct.json`, which appears last and at once: where
-    it exists the split is complete.
+    The JSON appears last and at once: where it exists the split is complete.
     """
     rng = random.Random(seed)
     samples = [sample_conversation(rng, bias, ANNOTATION_MIX) for _ in range(num_records)]
@@ -273,10 +263,9 @@ def write_heldout(folder: str | os.PathLike, num_scenes: int, *, bias: float, se
             question = QUESTIONS["exists"].format(object=article(item))
             yes_no.append({"id": f"{name}-{label}", "question": question, "label": label} | shared)
     _write_images(folder / "images", scenes)
-    paths = folder / "descriptions.json", folder / "yes_no.json"
-    for path, records in zip(paths, (descriptions, yes_no), strict=True):
-        write_json(path, records)
-    return paths
+    write_json(folder / "descriptions.json", descriptions)
+    write_json(folder / "yes_no.json", yes_no)
+    return folder / "descriptions.json", folder / "yes_no.json"
 
 
 def read_scene(record: dict) -> Scene:

@@ -42,10 +42,9 @@ class ObjectMatcher:
                 raise ValueError(f"synonyms: found {phrases!r} for '{item}', expected a list of at least one phrase.")
             for phrase in phrases:
                 key = " ".join(phrase.lower().split())
-                if self._object_of.setdefault(key, item) != item:
-                    raise ValueError(
-                        f"synonyms: found '{key}' for both '{self._object_of[key]}' and '{item}', expected it for one."
-                    )
+                other = self._object_of.setdefault(key, item)
+                if other != item:
+                    raise ValueError(f"synonyms: found '{key}' for both '{other}' and '{item}', expected it for one.")
         longest_first = sorted(self._object_of, key=len, reverse=True)
         spaced = (r"\s+".join(map(re.escape, phrase.split())) for phrase in longest_first)
         self._pattern = re.compile(rf"(?<!\w)(?:{'|'.join(spaced)})(?!\w)")

@@ -110,15 +110,9 @@ def evaluate(
     }
     output_dir = Path(output_dir)
     claim_folder(output_dir, settings)
+    options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "desc": kind}
     answers = generate_answers(
-        model,
-        processor,
-        records,
-        image_folder=image_folder,
-        answers_file=output_dir / ANSWERS_FILE,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        desc=kind,
+        model, processor, records, image_folder=image_folder, answers_file=output_dir / ANSWERS_FILE, **options
     )
     scores = scorer.score(answers, *reference)
     write_json(output_dir / SCORES_FILE, scores)

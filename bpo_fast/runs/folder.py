@@ -40,11 +40,8 @@ def claim_folder(output_dir: str | os.PathLike, settings: dict, *, record: str =
         content = read_json(path)
         found = content.get("settings") if isinstance(content, dict) else None
         if not isinstance(found, dict):
-            raise ValueError(
-                f"{path}: found no settings, expected those of the run in this folder; choose another output_dir or "
-                "delete it."
-            )
-        for name in [*settings, *(name for name in found if name not in settings)]:
+            raise ValueError(f"{path}: found no settings, expected those of the run in this folder; choose another.")
+        for name in settings | found:
             there, here = found.get(name), settings.get(name)
             if there != here:
                 raise ValueError(
