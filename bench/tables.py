@@ -48,9 +48,8 @@ def headlines(results):
     """{name: group of ours and its fastest peer}; of several results with that group the last."""
     found = {}
     for (bench, title), name in HEADLINES.items():
-        for rows in [
-            result["groups"].get(title, {"rows": {}})["rows"] for result in results if result["bench"] == bench
-        ]:
+        groups = [result["groups"].get(title) for result in results if result["bench"] == bench]
+        for rows in (group["rows"] for group in groups if group):
             ours = next((row for row in rows if row.startswith(report.OURS)), None)
             for peer, row in list(report.peers_of(rows, ours).items())[:1]:
                 found[name] = {"rows": {ours: rows[ours], peer: row}}

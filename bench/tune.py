@@ -1,17 +1,16 @@
 """Every launch of the kernels over rows of logits, timed on this GPU beside the stated rule: `python bench/tune.py`.
 
-For each kernel, shape and dtype all tiles, unrollings, warps and splits of a row are tried in place of what
-`bpo_fast.kernels.heuristics.row_launch` says, and the rule is put beside the best of them. Without a GPU it runs at
-toy size under TRITON_INTERPRET=1 with --device cpu, which checks the sweep itself; such times mean nothing.
+The rule is `bpo_fast.kernels.heuristics.row_launch`. Without a GPU it runs at toy size under TRITON_INTERPRET=1 with
+--device cpu, which checks the sweep itself; such times mean nothing.
 """
 
 import argparse
 import itertools
 import re
 import sys
-import time
 from functools import partial
 from pathlib import Path
+from timeit import timeit
 
 import torch
 import triton
@@ -55,35 +54,33 @@ def backward(logits, targets, num_processors):
 
 
 def unit_gradient(logits, targets, num_processors):
-    """A chunk of float32 logits into unit gradients of the dtype, in the chunk's memory.
-
-    A second call finds gradients where the logits were; how long it takes does not depend on what they are.
-    """
+    """A chunk of float32 logits into unit gradients of the dtype, in its memory, which a second call finds instead."""
     chunk, logps = logits[0].float(), torch.empty(targets.shape[1], device=logits.device)
     gradient = chunk.view(logits.dtype)[:, : chunk.shape[1]]
     return partial(launch_unit_gradient, chunk, gradient, targets[0], None, None, logps, None, None, 1.0)
 
 
 # What makes the launch, whether it splits rows over programs, and the dtype that it reads if it is always the same.
-JOBS = {"forward": (forward, True, None), "backward": (backward, False, None)}
-JOBS["unit_gradient"] = (unit_gradient, False, "float32")
-
-
-def seconds(function, device):
-    """Median time of a call, on a GPU with a cold L2 cache."""
-    if device == "cuda":
-        return triton.testing.do_bench(function, warmup=10, rep=40, return_mode="median") / 1e3
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+JOBS = {
+    "forward": (forward, True, None),
+    "backward": (backward, False, None),
+    "unit_gradient": (unit_gradient, False, "float32"),
+}
 
 
 def entry(launch, choice, device):
-    """A launch in words and its time, or why it fails."""
-    words = f"{choice.columns}*{choice.unroll} x{choice.num_warps} /{choice.splits}"
+    """A launch in words and its median time, on a GPU with a cold L2 cache, or why it fails."""
+    words, chosen = (
+        f"{choice.columns}*{choice.unroll} x{choice.num_warps} /{choice.splits}",
+        partial(launch, launch=choice),
+    )
     try:
-        launch(launch=choice)
-        return {"launch": words, "median": seconds(partial(launch, launch=choice), device)}
+        chosen()
+        if device == "cuda":
+            seconds = triton.testing.do_bench(chosen, warmup=10, rep=40, return_mode="median") / 1e3
+        else:
+            seconds = timeit(chosen, number=1)
+        return {"launch": words, "median": seconds}
     except Exception as error:  # too many registers or too much shared memory: said in the table
         return {"launch": words, "missing": f"failed: {type(error).__name__}: {error}".splitlines()[0]}
 
@@ -109,8 +106,8 @@ def tune(name, dtype, shape, options, progress):
     for choice in tried:
         entries.append(entry(launch, choice, options.device))
         progress.update(1 / len(tried))
-    group = {"what": f"The kernel `{name}`, {dtype}", "shape": {"rows": num_rows, "V": vocab_size}}
-    return group | compare(entries)
+    shape = {"rows": num_rows, "V": vocab_size}
+    return {"what": f"The kernel `{name}`, {dtype}", "shape": shape} | compare(entries)
 
 
 def main(arguments):

@@ -34,9 +34,8 @@ TOKENS = 1024
 def last_to_arrive(counter, number):
     """Whether this program is the last of `number` to count itself, and then sees what the others have stored.
 
-    The counter decides which program merges or adds up; what it adds, and in which order, does not depend on it.
-    Release/acquire makes the other programs' stores visible to loads with .cg, which read past this multiprocessor's
-    own L1.
+    What it adds, and in which order, does not depend on it. Release/acquire makes the others' stores visible to loads
+    with .cg, which read past this multiprocessor's own L1.
     """
     tl.debug_barrier()
     return tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == number - 1
@@ -194,27 +193,17 @@ def launch_sequence_logps(
         heavy=statistics is not None,
         aligned=heuristics.is_aligned(policy) and heuristics.is_aligned(reference),
     )
-    is_split = launch.splits > 1
+    is_split, is_summed = launch.splits > 1, policy_sums is not None
     split_columns = triton.cdiv(vocab_size, launch.splits * launch.columns) * launch.columns
     counters = num_planes * (num_sequences + (num_rows if is_split else 0))
     parts = (num_planes, num_rows, launch.splits, STATE_SIZE.value)
+    results = (token_logps, policy_sums, reference_sums, num_targets, row_numbers, statistics)
+    sizes = (num_rows, num_sequences, num_tokens, vocab_size, split_columns)
     sequence_logps_kernel[num_rows, num_planes, launch.splits](
-        policy,
-        reference,
-        targets,
-        token_logps,
-        policy_sums,
-        reference_sums,
-        num_targets,
-        row_numbers,
-        statistics,
+        *(policy, reference, targets, *results),
         token_logps.new_empty(parts) if is_split else None,
-        targets.new_zeros(counters, dtype=torch.int32) if is_split or policy_sums is not None else None,
-        num_rows,
-        num_sequences,
-        num_tokens,
-        vocab_size,
-        split_columns,
+        targets.new_zeros(counters, dtype=torch.int32) if is_split or is_summed else None,
+        *sizes,
         *policy.stride()[:2],
         *reference.stride()[:2],
         softcap,

@@ -96,17 +96,10 @@ def launch_sequence_logps_backward(
         num_rows, vocab_size, logits.element_size(), 0, heavy=heavy, aligned=aligned
     )
     strip = heuristics.BACKWARD_TILES * launch.columns
+    tensors = (logits, targets, row_numbers, grad_logits, grad_token_logps, grad_sums)
     sequence_logps_backward_kernel[num_rows, triton.cdiv(vocab_size, strip)](
-        logits,
-        targets,
-        row_numbers,
-        grad_logits,
-        grad_token_logps,
-        grad_sums,
-        num_rows,
-        num_tokens,
-        vocab_size,
-        strip,
+        *tensors,
+        *(num_rows, num_tokens, vocab_size, strip),
         *logits.stride()[:2],
         *grad_logits.stride()[:2],
         softcap,

@@ -123,13 +123,7 @@ def launch_unit_gradient(
         aligned=heuristics.is_aligned(logits),
     )
     unit_gradient_kernel[(num_rows,)](
-        logits,
-        gradient,
-        targets,
-        bias,
-        scale,
-        logps,
-        statistics,
+        *(logits, gradient, targets, bias, scale, logps, statistics),
         None if statistics is None else statistics.stride(0),
         vocab_size,
         logits.stride(0),
