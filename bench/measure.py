@@ -116,8 +116,8 @@ class Candidate:
             step = self.setup(problem)
             result = step()
         except Exception as error:  # out of memory, or a peer that does not support the shape: said in the table
-            first_line = (str(error).splitlines() or [""])[0]
-            return self.row | {"missing": f"failed: {type(error).__name__}: {first_line}"[:200]}, None
+            first_line = f"failed: {type(error).__name__}: {error}".splitlines()[0]
+            return self.row | {"missing": first_line[:200]}, None
         compared = expected is not None and "is_floor" not in self.row
         return self.row | (errors(result, expected, TOLERANCE[options.dtype]) if compared else {}), step
 
@@ -138,8 +138,8 @@ def errors(result, expected, tolerance):
 class Operation:
     """What one group measures: `shape(options)` its sizes, `problem(options, shape)` its tensors, name -> candidate.
 
-    `calls`: how often a timed step does it. `with_peak`: whether memory is measured. `compared`: whether steps return
-    (loss, gradient or None), which are compared with those of EAGER on `problem.in_float64()`.
+    `calls` make a timed step. With `with_peak` memory is measured. If `compared`, steps return (loss, gradient or
+    None), which are compared with those of EAGER on `problem.in_float64()`.
     """
 
     name: str

@@ -1,7 +1,6 @@
 """The losses that `kernels.py` measures: ours, plain PyTorch, peers and floors, over tensors that all of them share.
 
-A step is one forward and, where the operation has one, backward pass. A peer is named and not imported, so that a
-process that runs one of them holds no other.
+A step is one forward and, if there is one, backward pass. A process that runs one peer imports no other.
 """
 
 import math
@@ -37,10 +36,7 @@ class Problem(NamedTuple):
 
 
 def random_problem(options, sizes):
-    """Random rows: hidden states where `sizes` have H, else logits; of sequences, with a reference, or few `rows`.
-
-    Of each sequence only the last part, the response, is labelled.
-    """
+    """Random rows: hidden states where `sizes` have H, else logits; only the response, a sequence's end, counts."""
     sequences, vocab_size, width = sizes.get("sequences"), sizes["V"], sizes.get("H", sizes["V"])
     shape = (sequences, sizes["tokens"] // sequences) if sequences else (sizes.get("tokens") or sizes["rows"],)
     dtype, device = getattr(torch, options.dtype), options.device
@@ -60,10 +56,7 @@ def random_problem(options, sizes):
 
 
 def loss(make, row=None, peer=None, **traits):
-    """The candidate of `make(problem) -> loss as a callable`: its step returns (loss, gradient of the rows).
-
-    `peer` is "module:name" of what `make` gets as its second argument.
-    """
+    """The candidate of `make(problem, what "module:name" `peer` is) -> loss as a callable; with the rows' gradient."""
 
     def setup(p):
         if p.head is not None:

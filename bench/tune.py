@@ -60,27 +60,19 @@ def unit_gradient(logits, targets, num_processors):
     return partial(launch_unit_gradient, chunk, gradient, targets[0], None, None, logps, None, None, 1.0)
 
 
-# What makes the launch, whether it splits rows over programs, and the dtype that it reads if it is always the same.
-JOBS = {
-    "forward": (forward, True, None),
-    "backward": (backward, False, None),
-    "unit_gradient": (unit_gradient, False, "float32"),
-}
+JOBS = {make.__name__: make for make in (forward, backward, unit_gradient)}
 
 
 def entry(launch, choice, device):
     """A launch in words and its median time, on a GPU with a cold L2 cache, or why it fails."""
-    words, chosen = (
-        f"{choice.columns}*{choice.unroll} x{choice.num_warps} /{choice.splits}",
-        partial(launch, launch=choice),
-    )
+    words = f"{choice.columns}*{choice.unroll} x{choice.num_warps} /{choice.splits}"
+    chosen = partial(launch, launch=choice)
     try:
         chosen()
-        if device == "cuda":
-            seconds = triton.testing.do_bench(chosen, warmup=10, rep=40, return_mode="median") / 1e3
-        else:
-            seconds = timeit(chosen, number=1)
-        return {"launch": words, "median": seconds}
+        if device == "cpu":
+            return {"launch": words, "median": timeit(chosen, number=1)}
+        milliseconds = triton.testing.do_bench(chosen, warmup=10, rep=40, return_mode="median")
+        return {"launch": words, "median": milliseconds / 1e3}
     except Exception as error:  # too many registers or too much shared memory: said in the table
         return {"launch": words, "missing": f"failed: {type(error).__name__}: {error}".splitlines()[0]}
 
@@ -95,12 +87,14 @@ def compare(entries):
 
 def tune(name, dtype, shape, options, progress):
     """The group of one kernel at one shape."""
-    make, splittable, read = JOBS[name]
     num_rows, vocab_size = map(int, shape.split("x"))
     logits = torch.randn(1, num_rows, vocab_size, device=options.device).to(getattr(torch, dtype))
-    launch = make(logits, torch.randint(0, vocab_size, (1, num_rows), device=options.device), options.num_processors)
+    targets = torch.randint(0, vocab_size, (1, num_rows), device=options.device)
+    launch = JOBS[name](logits, targets, options.num_processors)
     rule = launch()
-    worth = choices(vocab_size, getattr(torch, read or dtype).itemsize, splittable)
+    # Unit gradients are made of float32 logits whatever they are; only the forward pass splits rows over programs.
+    element_size = 4 if name == "unit_gradient" else logits.element_size()
+    worth = choices(vocab_size, element_size, splittable=name == "forward")
     tried = dict.fromkeys([rule, *(rule._replace(**choice) for choice in worth)])
     entries = []
     for choice in tried:

@@ -107,12 +107,6 @@ def difference(path: Path, made: str) -> str:
     return f"{path}: found {len(new)} lines that differ, expected first {new[0]!r}; {remedy}"
 
 
-def _write(path, text):
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, metavar="86", help="default: all")
@@ -164,7 +158,9 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"{variant.name:<{width}}  sm_{architecture:<4} {words}{remark}", flush=True)
     print(f"{len(jobs)} compiled, {failed} failed")
     if options.markdown:
-        _write(options.markdown, markdown(table))
+        temporary = options.markdown.with_name(f".{options.markdown.name}.{os.getpid()}")
+        temporary.write_text(markdown(table))
+        temporary.replace(options.markdown)
     behind = difference(options.check, markdown(table)) if options.check else ""
     if behind:
         print(behind, file=sys.stderr)

@@ -61,17 +61,14 @@ def instructions(listing: str) -> list[Instruction]:
     return found
 
 
-def _loops(code):
-    """(first, last) addresses of every loop: a branch back to where it starts. A branch to itself is padding."""
-    for instruction in code:
-        target = re.search(r"0x([0-9a-f]+)$", instruction.operands)
-        if instruction.opcode.startswith("BRA") and target and int(target[1], 16) < instruction.address:
-            yield int(target[1], 16), instruction.address
-
-
 def longest_loop(code: list[Instruction]) -> list[Instruction]:
     """The instructions of the longest loop that holds no other loop; empty if there is none."""
-    loops, inner = list(_loops(code)), [(0, -1)]  # an empty one, if there is no other
+    loops, inner = [], [(0, -1)]  # (first, last) addresses; the empty one is the longest if there is no other
+    for instruction in code:
+        target = re.search(r"0x([0-9a-f]+)$", instruction.operands)
+        # A loop is a branch back to where it starts; a branch to itself is padding.
+        if instruction.opcode.startswith("BRA") and target and int(target[1], 16) < instruction.address:
+            loops.append((int(target[1], 16), instruction.address))
     for first, last in loops:
         if not any((first, last) != other and first <= other[0] and other[1] <= last for other in loops):
             inner.append((first, last))

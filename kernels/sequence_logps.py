@@ -176,23 +176,15 @@ def launch_sequence_logps(
     """Launch over policy [S, T, V] and reference (the same shape or None); vocabulary contiguous, S and T not 0.
 
     `policy_sums` None leaves sums and counts out, `statistics` None the statistics. `launch` None is the rule's of
-    `heuristics`.
-
-    Returns:
-        The launch that was taken.
+    `heuristics`. Returns the launch that was taken.
     """
     num_sequences, num_tokens, vocab_size = policy.shape
     num_rows, num_planes = num_sequences * num_tokens, token_logps.shape[0]
     if reference is None:  # there is no plane 1 to read it
         reference, reference_sums = policy, policy_sums
-    launch = launch or heuristics.row_launch(
-        num_rows * num_planes,
-        vocab_size,
-        policy.element_size(),
-        num_processors,
-        heavy=statistics is not None,
-        aligned=heuristics.is_aligned(policy) and heuristics.is_aligned(reference),
-    )
+    aligned = heuristics.is_aligned(policy) and heuristics.is_aligned(reference)
+    read = (num_rows * num_planes, vocab_size, policy.element_size(), num_processors)
+    launch = launch or heuristics.row_launch(*read, heavy=statistics is not None, aligned=aligned)
     is_split, is_summed = launch.splits > 1, policy_sums is not None
     split_columns = triton.cdiv(vocab_size, launch.splits * launch.columns) * launch.columns
     counters = num_planes * (num_sequences + (num_rows if is_split else 0))

@@ -97,18 +97,15 @@ def _backward(label, dtype, vocab_size, *, tokens=False, sums=False, transform=P
 
 def _unit_gradient(label, dtype, vocab_size, *, targets=True, gradient=True, statistics=False, everything=False):
     logits, floats = torch.empty(MANY_TOKENS, vocab_size), torch.empty(4, MANY_TOKENS)
-    return recorded(
-        _name("unit_gradient", dtype, label, vocab_size),
-        launch_unit_gradient,
-        logits,
+    tensors = (
         logits.view(dtype)[:, :vocab_size] if gradient else None,
         torch.empty(MANY_TOKENS, dtype=torch.int64) if targets else None,
-        torch.empty(vocab_size, dtype=dtype) if everything else None,
-        floats if everything else None,
+        *((torch.empty(vocab_size, dtype=dtype), floats) if everything else (None, None)),
         floats,
         floats if statistics else None,
-        **TRANSFORM if everything else PLAIN,
     )
+    name, transform = _name("unit_gradient", dtype, label, vocab_size), TRANSFORM if everything else PLAIN
+    return recorded(name, launch_unit_gradient, logits, *tensors, **transform)
 
 
 def _sigmoid_preference(label, *, average):
