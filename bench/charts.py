@@ -8,13 +8,12 @@ from matplotlib import pyplot
 
 # By the beginning of a candidate's name.
 COLOURS = {OURS: "#1b6ca8", "eager": "#8a8a8a", "TRL": "#c77d1e", "Liger": "#3b8f5a", "cut-": "#8e6bb0", "": "#c9c9c9"}
-FLOOR = "#e6d9a8"
 STYLE = {"font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left", "figure.constrained_layout.use": True}
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False}
 
 
 def colour(name, row):
-    return FLOOR if row.get("is_floor") else next(c for start, c in COLOURS.items() if name.startswith(start))
+    return "#e6d9a8" if row.get("is_floor") else next(c for start, c in COLOURS.items() if name.startswith(start))
 
 
 def draw_bars(axis, title, rows, key, factor, words):

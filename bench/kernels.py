@@ -1,10 +1,8 @@
 """Time and memory of the losses beside their peers: `python bench/kernels.py` prints tables, writes JSON and a chart.
 
-Every candidate of an operation works on the same tensors in one interleaved run; its loss and gradient are compared
-with plain PyTorch's in float64, and a candidate that differs by more than the tolerance is marked. Extra peak memory
-is that of one step in a fresh process, after one of toy size has brought in what is imported at first use, and for
-candidates that compile after one of full size, so that no compiler's memory is counted. A run that is given again
-after being killed goes on behind its last whole group.
+All candidates of an operation work on the same tensors in one interleaved run. Extra peak memory is that of one step
+in a fresh process, after one of toy size has imported what is imported at first use, and one of full size for
+candidates that compile. A run that is given again after being killed goes on behind its last whole group.
 """
 
 import argparse
@@ -62,8 +60,7 @@ def print_peak(options):
     step = candidate.setup(operation.problem(options, operation.shape(options)))
     if candidate.compiles:
         step()
-        # What the first step left with the C allocator would hide the second one's memory.
-        ctypes.CDLL(None).malloc_trim(0)
+        ctypes.CDLL(None).malloc_trim(0)  # what it left with the C allocator would hide the second step's memory
     print(extra_peak(step, options.device))
 
 
@@ -71,14 +68,9 @@ def sweep_jobs(options, command):
     """linear_dpo_loss at each number of tokens, then at each size of the vocabulary."""
     points = {f"tokens {tokens}": (tokens, options.sweep_vocab_size) for tokens in options.sweep_tokens}
     points |= {f"vocabulary {size}": (options.sweep_fixed_tokens, size) for size in options.sweep_vocabularies}
-    return {
-        point: LINEAR_DPO.job(
-            changed(options, tokens=tokens, vocab_size=size),
-            SWEEP,
-            [*command, f"--tokens={tokens}", f"--vocab-size={size}"],
-        )
-        for point, (tokens, size) in points.items()
-    }
+    for title, (tokens, size) in points.items():
+        sizes = [f"--tokens={tokens}", f"--vocab-size={size}"]
+        yield title, LINEAR_DPO.job(changed(options, tokens=tokens, vocab_size=size), SWEEP, [*command, *sizes])
 
 
 def main(arguments):
@@ -91,7 +83,7 @@ def main(arguments):
         return f"--levels: found {' '.join(options.levels)}, expected the beginning of one of: {', '.join(found)}."
     jobs = {name: operation.job(options, peak_command=command) for name, operation in chosen.items()}
     if options.sweep:
-        jobs = sweep_jobs(options, command)
+        jobs = dict(sweep_jobs(options, command))
     result = Results("kernels-sweep" if options.sweep else "kernels", vars(options), options.output).run(jobs)
     ours = [row for group in result["groups"].values() for name, row in group["rows"].items() if name.startswith(OURS)]
     return int(any("missing" in row or not row["agrees"] for row in ours))

@@ -26,11 +26,9 @@ def synchronise():
 
 
 def interleaved(functions, warmup, repeats, calls, progress):
-    """Time `functions` (name -> callable without arguments) in turn: every repeat runs each of them `calls` times.
+    """Time `functions` in turn, `calls` times each a repeat: name -> `repeats` wall times of one call in seconds.
 
-    Interleaving spreads a slow minute of the machine over all candidates instead of over one. The order is rotated
-    from repeat to repeat, so that none always runs behind the same neighbour. CUDA is synchronised around each.
-    Returns name -> list of `repeats` wall times of one call in seconds.
+    A slow minute of the machine is spread over all candidates, and none always runs behind the same neighbour.
     """
     names, samples = list(functions), {name: [] for name in functions}
     for repeat in range(-warmup, repeats):
@@ -64,14 +62,12 @@ def add_ratios(rows, reference, floor=None):
                 row[ratio] = row[key] / below
 
 
-def status_bytes(field):
-    """A field of Linux' /proc/self/status: VmRSS is what is resident now, VmHWM the most that ever was."""
+def memory(device, peak=False):
+    """Bytes that this process holds now, or at its peak so far: allocated on CUDA, resident (on Linux) on the CPU."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+    field = "VmHWM" if peak else "VmRSS"
     return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
-
-
-def process_peak(device):
-    """Peak memory of this process so far, in bytes: allocated on CUDA, resident on the CPU."""
-    return torch.cuda.max_memory_allocated() if device == "cuda" else status_bytes("VmHWM")
 
 
 def extra_peak(function, device):
@@ -82,17 +78,14 @@ def extra_peak(function, device):
         torch.cuda.reset_peak_memory_stats()
     else:  # Linux keeps one high-water mark a process, which this resets
         Path("/proc/self/clear_refs").write_text("5")
-    before = torch.cuda.memory_allocated() if device == "cuda" else status_bytes("VmRSS")
+    before = memory(device)
     function()
     synchronise()
-    return process_peak(device) - before
+    return memory(device, peak=True) - before
 
 
 def fresh_peak(*command):
-    """What a script prints last, as an int, in a fresh Python process.
-
-    One for each candidate, because freed memory that an allocator keeps would hide the next candidate's peak.
-    """
+    """What a script prints last, as an int, in a fresh process: freed memory that is kept would hide the next peak."""
     result = subprocess.run([sys.executable, *command], capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with code {result.returncode}:\n{result.stderr}")
@@ -123,15 +116,14 @@ class Candidate:
             step = self.setup(problem)
             result = step()
         except Exception as error:  # out of memory, or a peer that does not support the shape: said in the table
-            first_line = (str(error).splitlines() or [""])[0]
-            return self.row | {"missing": f"failed: {type(error).__name__}: {first_line}"[:200]}, None
-        if expected is None or "is_floor" in self.row:
-            return dict(self.row), step
-        return self.row | errors(result, expected, TOLERANCE[options.dtype]), step
+            first_line = f"failed: {type(error).__name__}: {error}".splitlines()[0]
+            return self.row | {"missing": first_line[:200]}, None
+        compared = expected is not None and "is_floor" not in self.row
+        return self.row | (errors(result, expected, TOLERANCE[options.dtype]) if compared else {}), step
 
 
 def errors(result, expected, tolerance):
-    """Errors of (loss, gradient or None): relative, of losses below 1 absolute; and whether they are tolerable."""
+    """Errors of (loss, gradient or None), as TOLERANCE says; and whether they are tolerable."""
     (loss, gradient), (expected_loss, expected_gradient) = result, expected
     loss_error = (loss.double() - expected_loss.double()).abs().item() / max(1.0, abs(expected_loss.item()))
     gradient_error = None
@@ -146,8 +138,8 @@ def errors(result, expected, tolerance):
 class Operation:
     """What one group measures: `shape(options)` its sizes, `problem(options, shape)` its tensors, name -> candidate.
 
-    `calls`: how often a timed step does it. `with_peak`: whether memory is measured. `compared`: whether steps return
-    (loss, gradient or None), which are compared with those of EAGER on `problem.in_float64()`.
+    `calls` make a timed step. With `with_peak` memory is measured. If `compared`, steps return (loss, gradient or
+    None), which are compared with those of EAGER on `problem.in_float64()`.
     """
 
     name: str
@@ -160,10 +152,7 @@ class Operation:
     compared: bool = True
 
     def job(self, options, names=None, peak_command=()):
-        """As `Results.run` takes it: the most steps of the progress bar, and what measures the group.
-
-        `peak_command`: the script and arguments to which `--peak OPERATION CANDIDATE` is added for a fresh process.
-        """
+        """As `Results.run` takes it; to `peak_command` is added `--peak OPERATION CANDIDATE` for a fresh process."""
         names = names or self.candidates
         steps = len(names) * (1 + options.warmup + options.repeats + self.with_peak)
         return steps, lambda progress: self.measure(options, names, peak_command, progress)
@@ -179,13 +168,12 @@ class Operation:
         del expected
         for name, seconds in interleaved(steps, options.warmup, options.repeats, self.calls, progress).items():
             rows[name] |= summary(seconds)
-        measured = list(steps)
         del steps, step, problem
         if options.device == "cuda":
             torch.cuda.empty_cache()
-        for name in measured if self.with_peak else ():
-            if "is_floor" not in rows[name]:
-                rows[name]["peak_bytes"] = fresh_peak(*peak_command, "--peak", self.name, name)
+        for name, row in rows.items() if self.with_peak else ():
+            if "median" in row and "is_floor" not in row:
+                row["peak_bytes"] = fresh_peak(*peak_command, "--peak", self.name, name)
                 progress.update()
         add_ratios(rows, EAGER, FLOOR)
         return {"what": self.what, "shape": shape, "reference": EAGER, "rows": rows}

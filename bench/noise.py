@@ -29,6 +29,7 @@ class Problem:
         last, (_, tokens, width) = max(options.levels - 1, 1), options.shape
         self.steps = [round(k * (SCHEDULE.num_steps - 1) / last) for k in range(options.levels)]
         self.same, self.levels = self.x.clone(), self.x.new_empty((options.levels, *options.shape))
+        self.ladder = list(zip(self.steps, self.levels, strict=True))
         self.source = torch.arange(0, len(self.x), 2)
         self.rows = torch.arange(len(self.source))[:, None] * 2 * tokens + torch.arange(tokens)
         self.row_steps = torch.where(torch.arange(len(self.source)) % 2 == 0, STEP, -1)
@@ -44,13 +45,8 @@ def ours(function, *arguments, **options):
 
 
 def ours_call_by_call(p):
-    calls = [ours(add_noise, p.x, step, out=level) for step, level in zip(p.steps, p.levels, strict=True)]
+    calls = [ours(add_noise, p.x, step, out=level) for step, level in p.ladder]
     return lambda: [call() for call in calls]
-
-
-def eager_ladder(p):
-    pairs = list(zip(p.steps, p.levels, strict=True))
-    return lambda: [level.copy_(plain(p.x, *SCHEDULE.scales(step))) for step, level in pairs]
 
 
 def eager_rows(p):
@@ -65,14 +61,6 @@ def eager_rows(p):
     return step
 
 
-def ours_rows(p):
-    return ours(add_noise_rows, p.x, p.row_steps, out=p.out, rows=p.rows, source=p.source)
-
-
-def cast_copy(p):
-    return partial(p.out[: p.rows.numel()].copy_, p.x[::2].flatten(0, 1))
-
-
 LEVEL = {
     "bpo_fast.add_noise": Candidate(lambda p: ours(add_noise, p.x, STEP), NEW),
     "bpo_fast.add_noise(out=out)": Candidate(lambda p: ours(add_noise, p.x, STEP, out=p.same)),
@@ -85,19 +73,21 @@ LEVEL = {
 LADDER = {
     "bpo_fast.add_noise_ladder": Candidate(lambda p: ours(add_noise_ladder, p.x, p.steps, out=p.levels)),
     "bpo_fast.add_noise, call by call": Candidate(ours_call_by_call),
-    EAGER: Candidate(eager_ladder),
+    EAGER: Candidate(lambda p: lambda: [out.copy_(plain(p.x, *SCHEDULE.scales(step))) for step, out in p.ladder]),
     FLOOR: Candidate(lambda p: partial(p.levels.copy_, p.x.expand_as(p.levels)), IS_FLOOR),
 }
 ROWS = {
-    "bpo_fast.add_noise_rows": Candidate(ours_rows),
+    "bpo_fast.add_noise_rows": Candidate(
+        lambda p: ours(add_noise_rows, p.x, p.row_steps, out=p.out, rows=p.rows, source=p.source)
+    ),
     EAGER: Candidate(eager_rows),
-    FLOOR: Candidate(cast_copy, IS_FLOOR),
+    FLOOR: Candidate(lambda p: partial(p.out[: p.rows.numel()].copy_, p.x[::2].flatten(0, 1)), IS_FLOOR),
 }
-GROUPS = {
-    "one level": ("`add_noise` of one step: a new tensor, an existing one, in place", LEVEL),
-    "ladder": ("`add_noise_ladder`: several steps of the same samples, into one tensor", LADDER),
-    "rows": ("`add_noise_rows`: every second image cast into a packed sequence, half of them clean", ROWS),
-}
+GROUPS = (
+    ("one level", "`add_noise` of one step: a new tensor, an existing one, in place", LEVEL),
+    ("ladder", "`add_noise_ladder`: several steps of the same samples, into one tensor", LADDER),
+    ("rows", "`add_noise_rows`: every second image cast into a packed sequence, half of them clean", ROWS),
+)
 
 
 def main(arguments):
@@ -108,15 +98,11 @@ def main(arguments):
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--levels", type=int, default=4, help="steps of the ladder")
-    parser.add_argument(
-        "--output", type=Path, help="JSON path (default: below bench/results); the chart lies beside it"
-    )
+    parser.add_argument("--output", type=Path, help="JSON path, the chart beside it (default: below bench/results)")
     options = parser.parse_args(arguments)
     kind = {"shape": lambda o: dict(zip("NMH", o.shape, strict=True)), "problem": Problem, "with_peak": False}
-    jobs = {
-        name: Operation(name, what, candidates=candidates, compared=False, **kind).job(options)
-        for name, (what, candidates) in GROUPS.items()
-    }
+    groups = [Operation(*texts, candidates=found, compared=False, **kind) for *texts, found in GROUPS]
+    jobs = {group.name: group.job(options) for group in groups}
     Results("noise", vars(options), options.output, f"-{options.dtype}").run(jobs)
 
 

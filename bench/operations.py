@@ -1,9 +1,9 @@
 """The losses that `kernels.py` measures: ours, plain PyTorch, peers and floors, over tensors that all of them share.
 
-A step is one forward and, where the operation has one, backward pass. A peer is named and not imported, so that a
-process that runs one of them holds no other.
+A step is one forward and, if there is one, backward pass. A process that runs one peer imports no other.
 """
 
+import math
 from functools import partial
 from pkgutil import resolve_name
 from typing import NamedTuple
@@ -36,10 +36,7 @@ class Problem(NamedTuple):
 
 
 def random_problem(options, sizes):
-    """Random rows: hidden states where `sizes` have H, else logits; of sequences, with a reference, or few `rows`.
-
-    Of each sequence only the last part, the response, is labelled.
-    """
+    """Random rows: hidden states where `sizes` have H, else logits; only the response, a sequence's end, counts."""
     sequences, vocab_size, width = sizes.get("sequences"), sizes["V"], sizes.get("H", sizes["V"])
     shape = (sequences, sizes["tokens"] // sequences) if sequences else (sizes.get("tokens") or sizes["rows"],)
     dtype, device = getattr(torch, options.dtype), options.device
@@ -59,10 +56,7 @@ def random_problem(options, sizes):
 
 
 def loss(make, row=None, peer=None, **traits):
-    """The candidate of `make(problem) -> loss as a callable`: its step returns (loss, gradient of the rows).
-
-    `peer` is "module:name" of what `make` gets as its second argument.
-    """
+    """The candidate of `make(problem, what "module:name" `peer` is) -> loss as a callable; with the rows' gradient."""
 
     def setup(p):
         if p.head is not None:
@@ -139,10 +133,6 @@ def liger_dpo(p, liger):
     return objective(p, lambda rows: -ce(rows.flatten(0, 1), p.targets.flatten()).view(p.targets.shape))
 
 
-def liger_linear_ce(p, liger):
-    return partial(liger(reduction="sum"), p.head, p.rows, p.targets)
-
-
 def linear_ce(p, function=F.linear_cross_entropy, **options):
     """A cross-entropy from hidden states: minus the sum of the log-probs."""
     return partial(function, p.rows, p.head, p.targets, reduction="sum", **options)
@@ -173,7 +163,7 @@ def copies(*tensors):
 PLAIN = {EAGER: loss(eager), COMPILED: loss(lambda p: torch.compile(eager(p), dynamic=False), compiles=True)}
 TRL_HEAD, TRL_LOGPS = "trl.kernels.chunked_logprob:ChunkedLogProbFunction", "trl.trainer.utils:selective_log_softmax"
 LIGER, LIGER_DPO = "liger_kernel.transformers", "liger_kernel.chunked_loss:LigerFusedLinearDPOLoss"
-CCE = "cut_cross_entropy:linear_cross_entropy"
+CCE, CHUNKED = "cut_cross_entropy:linear_cross_entropy", torch.nn.LinearCrossEntropyOptions()
 LINEAR_DPO = Operation(
     "linear_dpo_loss",
     "`linear_dpo_loss`: DPO from hidden states, live reference, forward and backward",
@@ -199,13 +189,13 @@ LINEAR_LOGPS = Operation(
         **PLAIN,
         "TRL fused head": loss(trl_fused_head, peer=TRL_HEAD),
         "torch linear_cross_entropy": loss(linear_ce),
-        "torch linear_cross_entropy, chunked": loss(
-            lambda p: linear_ce(p, options=torch.nn.LinearCrossEntropyOptions())
-        ),
+        "torch linear_cross_entropy, chunked": loss(partial(linear_ce, options=CHUNKED)),
         "cut-cross-entropy, torch_compile": loss(partial(linear_ce, impl="torch_compile"), peer=CCE, compiles=True),
         "cut-cross-entropy": loss(partial(linear_ce, impl="cce"), peer=CCE, cuda_only=True),
         "Liger fused linear CE": loss(
-            liger_linear_ce, peer=f"{LIGER}:LigerFusedLinearCrossEntropyLoss", cuda_only=True
+            lambda p, liger: partial(liger(reduction="sum"), p.head, p.rows, p.targets),
+            peer=f"{LIGER}:LigerFusedLinearCrossEntropyLoss",
+            cuda_only=True,
         ),
         FLOOR: Candidate(products, IS_FLOOR),
     },
@@ -213,11 +203,7 @@ LINEAR_LOGPS = Operation(
 DPO = Operation(
     "dpo_loss",
     "`dpo_loss`: DPO from logits, live reference, forward and backward",
-    lambda o: {
-        "sequences": o.logits_shape[0],
-        "tokens": o.logits_shape[0] * o.logits_shape[1],
-        "V": o.logits_shape[2],
-    },
+    lambda o: {"sequences": o.logits_shape[0], "tokens": math.prod(o.logits_shape[:2]), "V": o.logits_shape[2]},
     random_problem,
     {
         OURS: loss(ours_dpo),

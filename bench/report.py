@@ -35,11 +35,9 @@ COLUMNS = {
 def peers_of(rows, name):
     """{peer: row} of what was measured and does the same as `name`, the fastest first; floors are no peers."""
     kind = rows.get(name, {}).get("variant")
-    peers = [(peer, row) for peer, row in rows.items() if row.get("variant") == kind and row.get("agrees", True)]
-    peers = [
-        (peer, row) for peer, row in peers if "median" in row and not (peer.startswith(OURS) or row.get("is_floor"))
-    ]
-    return dict(sorted(peers, key=lambda pair: pair[1]["median"]))
+    same = [(peer, row) for peer, row in rows.items() if row.get("variant") == kind and row.get("agrees", True)]
+    peers = [(peer, row) for peer, row in same if "median" in row and not row.get("is_floor")]
+    return dict(sorted((pair for pair in peers if not pair[0].startswith(OURS)), key=lambda pair: pair[1]["median"]))
 
 
 def ahead(rows):
@@ -101,8 +99,8 @@ def text(result):
 def caption(*results):
     """Where, with what and when results of one machine were measured."""
     found = results[0]["environment"]
-    names = [name for name in ("torch", "trl", "liger-kernel") if name in found["versions"]]
-    versions = ", ".join(f"{name} {found['versions'][name]}" for name in names)
+    named = ("torch", "trl", "liger-kernel")
+    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items() if name in named)
     gpu = "" if found["device"] == "cpu" else f"{found['device']}; "
     commits = sorted({f"{result['environment']['time'][:10]} {result['environment']['commit']}" for result in results})
     return f"{gpu}{found['cpu']}, {found['threads']} threads; {versions}; {', '.join(commits)}."

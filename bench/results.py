@@ -63,16 +63,14 @@ def identity(result):
 class Results:
     """The groups of one run and the file they go to: `output`, or bench/results/<name>-<device>.json.
 
-    Whether they are kept is decided here, before anything is measured: below bench/results only from a clean tree.
-    `obstacle` says why they are not, or is None.
+    `obstacle`, found before anything is measured, says why they are not kept, or is None.
     """
 
     def __init__(self, bench, settings, output=None, suffix="", repository=REPOSITORY):
         commit, changed = tree_state(repository)
         found = environment(settings["device"], f"{commit}-dirty" if changed else commit)
-        self.result = {"bench": bench, "environment": found, "settings": settings, "groups": {}}
-        # As JSON gives it back: tuples are lists, keys and paths are strings.
-        self.result = json.loads(json.dumps(self.result, default=str))
+        result = {"bench": bench, "environment": found, "settings": settings, "groups": {}}
+        self.result = json.loads(json.dumps(result, default=str))  # tuples are lists, keys and paths are strings
         kept = repository / "bench/results"
         device = re.sub(r"[^a-z0-9]+", "-", found["device"].lower())
         self.path = Path(output or kept / f"{bench}-{device}{suffix}.json").resolve()
@@ -80,20 +78,15 @@ class Results:
         self.obstacle = None
         if self.path.is_relative_to(kept.resolve()) and (changed or not commit):
             what = f"uncommitted changes ({changed})" if changed else "no git repository"
-            self.obstacle = (
-                f"bench/results: found {what}, expected a clean tree, so nothing is kept; "
-                "commit them, or give --output a path outside bench/results for a trial."
-            )
+            remedy = "commit them, or give --output a path outside bench/results for a trial."
+            self.obstacle = f"bench/results: found {what}, expected a clean tree, so nothing is kept; {remedy}"
             print(self.obstacle, flush=True)
         elif self.partial.exists():
             earlier = json.loads(self.partial.read_text())
             self.result["groups"] = earlier["groups"] if identity(earlier) == identity(self.result) else {}
 
     def run(self, jobs):
-        """Measure what is not measured yet, keep it, print its tables and return the result.
-
-        jobs: title -> (most steps of the progress bar, job(progress) -> group)
-        """
+        """Keep, print and return what `jobs`, title -> (most steps of the bar, job(progress) -> group), measure."""
         groups = self.result["groups"]
         todo = {title: job for title, job in jobs.items() if title not in groups}
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,6 @@
 """Put the figures of bench/results/ into docs/benchmarks.md, all, and the README, a few: `python bench/tables.py`.
 
-Between `<!-- begin figures -->` and `<!-- end figures -->` stands what is made here of the result files, and nothing
-that was typed by hand. `--check` changes nothing and ends with code 1 if a file is behind.
+They stand between `<!-- begin figures -->` and `<!-- end figures -->`.
 """
 
 import argparse
@@ -28,10 +27,9 @@ HEADLINES = {
 def load(folder):
     """{device: {file stem: result}}, GPUs first."""
     found = {}
-    for path in sorted(folder.glob("*.json")):
-        if not path.name.endswith(".partial.json"):
-            result = json.loads(path.read_text())
-            found.setdefault(result["environment"]["device"], {})[path.stem] = result
+    for path in sorted(set(folder.glob("*.json")) - set(folder.glob("*.partial.json"))):
+        result = json.loads(path.read_text())
+        found.setdefault(result["environment"]["device"], {})[path.stem] = result
     return dict(sorted(found.items(), key=lambda item: item[0] == "cpu"))
 
 
@@ -48,9 +46,8 @@ def headlines(results):
     """{name: group of ours and its fastest peer}; of several results with that group the last."""
     found = {}
     for (bench, title), name in HEADLINES.items():
-        for rows in [
-            result["groups"].get(title, {"rows": {}})["rows"] for result in results if result["bench"] == bench
-        ]:
+        groups = [result["groups"].get(title) for result in results if result["bench"] == bench]
+        for rows in (group["rows"] for group in groups if group):
             ours = next((row for row in rows if row.startswith(report.OURS)), None)
             for peer, row in list(report.peers_of(rows, ours).items())[:1]:
                 found[name] = {"rows": {ours: rows[ours], peer: row}}
@@ -59,7 +56,7 @@ def headlines(results):
 
 def overview(devices):
     """The README's small table a device, and the chart of the first device."""
-    for number, (device, results) in enumerate((device, found.values()) for device, found in devices.items()):
+    for device, results in ((device, found.values()) for device, found in devices.items()):
         lines = []
         for name, group in headlines(results).items():
             (_, ours), (peer, other) = group["rows"].items()
@@ -71,7 +68,7 @@ def overview(devices):
         where = "a CPU" + "; there are none on a GPU yet" * (len(devices) == 1) if device == "cpu" else device
         yield f"Figures on {where}. {report.caption(*results)} Lower is better, in all columns."
         yield report.table(["", "best peer", "time", "peer's", "ratio", "peak MiB", "peer's", "ratio"], lines)
-        if not number:
+        if device == next(iter(devices)):
             yield "![beside the best peer](bench/results/overview.png)"
         groups = [group for result in results for group in result["groups"].values()]
         slower = [group for group in groups if any(word == "time" for _, word, _ in report.ahead(group["rows"]))]
@@ -83,8 +80,8 @@ def main(arguments, repository=REPOSITORY):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing; end with code 1 if something would be")
     check = parser.parse_args(arguments).check
-    folder = repository / "bench/results"
-    devices, behind = load(folder), False
+    folder, behind = repository / "bench/results", False
+    devices = load(folder)
     if not check:
         for stem, result in (item for results in devices.values() for item in results.items()):
             charts.draw(folder / f"{stem}.png", result)

@@ -16,7 +16,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 
 import torch
-from measure import add_ratios, process_peak, summary, synchronise
+from measure import add_ratios, memory, summary, synchronise
 from results import Results
 
 from bpo_fast.demo.tiny_llava import CHECKPOINT
@@ -24,13 +24,7 @@ from bpo_fast.demo.tiny_llava import CHECKPOINT
 # Where each one's Trainer and Config are.
 TRAINERS = {"bpo_fast BPOTrainer": "bpo_fast:BPO", "TRL DPOTrainer": "trl:DPO"}
 TEXT = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8}
-SIZES = TEXT | {
-    "vocab_size": 32064,
-    "image_size": 336,
-    "patch_size": 14,
-    "vision_hidden_size": 256,
-    "vision_layers": 8,
-}
+VISION = {"image_size": 336, "patch_size": 14, "vision_hidden_size": 256, "vision_layers": 8}
 TRAINING = {"learning_rate": 1e-4, "max_length": 2048, "logging_steps": 1, "save_strategy": "no", "report_to": "none"}
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
@@ -43,10 +37,8 @@ def parse(arguments):
     parser.add_argument("--pairs", type=int, default=2, help="preference pairs a step")
     parser.add_argument("--response-tokens", type=int, default=100, help="mean tokens of a response")
     parser.add_argument("--lora-r", type=int, default=64, help="LoRA rank")
-    parser.add_argument(
-        "--output", type=Path, help="JSON path (default: below bench/results); the chart lies beside it"
-    )
-    for name, size in SIZES.items():
+    parser.add_argument("--output", type=Path, help="JSON path, the chart beside it (default: below bench/results)")
+    for name, size in (TEXT | {"vocab_size": 32064} | VISION).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=size)
     return parser.parse_args(arguments)
 
@@ -104,7 +96,7 @@ def work(connection, prefix, checkpointing, options):
 
         def on_step_end(self, *_, **__):
             synchronise()
-            connection.send((time.perf_counter() - self.started, process_peak(options.device)))
+            connection.send((time.perf_counter() - self.started, memory(options.device, peak=True)))
             self.on_train_begin()
 
     model, processor = make_llava(options)
@@ -146,18 +138,14 @@ def measure(checkpointing, options, progress):
     add_ratios(rows, "TRL DPOTrainer")
     what = f"A training step {'with' if checkpointing else 'without'} gradient checkpointing: LLaVA with LoRA, "
     what += "live reference; peak memory is the process's"
-    shape = {
-        "pairs": options.pairs,
-        "image tokens": (options.image_size // options.patch_size) ** 2,
-        "LoRA r": options.lora_r,
-    }
+    image_tokens = (options.image_size // options.patch_size) ** 2
+    shape = {"pairs": options.pairs, "image tokens": image_tokens, "LoRA r": options.lora_r}
     shape |= {"response tokens": options.response_tokens, "H": options.hidden_size, "V": options.vocab_size}
     return {"what": what, "shape": shape, "reference": "TRL DPOTrainer", "rows": rows}
 
 
 def main(arguments):
     options = parse(arguments)
-    # Activations are recomputed in the backward pass or not; both trainers do so by default.
     groups = {"training": True, "training, no checkpointing": False}
     jobs = {title: (2 * options.steps + 2, partial(measure, value, options)) for title, value in groups.items()}
     Results("throughput", vars(options), options.output).run(jobs)

@@ -1,17 +1,16 @@
 """Every launch of the kernels over rows of logits, timed on this GPU beside the stated rule: `python bench/tune.py`.
 
-For each kernel, shape and dtype all tiles, unrollings, warps and splits of a row are tried in place of what
-`bpo_fast.kernels.heuristics.row_launch` says, and the rule is put beside the best of them. Without a GPU it runs at
-toy size under TRITON_INTERPRET=1 with --device cpu, which checks the sweep itself; such times mean nothing.
+The rule is `bpo_fast.kernels.heuristics.row_launch`. Without a GPU it runs at toy size under TRITON_INTERPRET=1 with
+--device cpu, which checks the sweep itself; such times mean nothing.
 """
 
 import argparse
 import itertools
 import re
 import sys
-import time
 from functools import partial
 from pathlib import Path
+from timeit import timeit
 
 import torch
 import triton
@@ -55,35 +54,25 @@ def backward(logits, targets, num_processors):
 
 
 def unit_gradient(logits, targets, num_processors):
-    """A chunk of float32 logits into unit gradients of the dtype, in the chunk's memory.
-
-    A second call finds gradients where the logits were; how long it takes does not depend on what they are.
-    """
+    """A chunk of float32 logits into unit gradients of the dtype, in its memory, which a second call finds instead."""
     chunk, logps = logits[0].float(), torch.empty(targets.shape[1], device=logits.device)
     gradient = chunk.view(logits.dtype)[:, : chunk.shape[1]]
     return partial(launch_unit_gradient, chunk, gradient, targets[0], None, None, logps, None, None, 1.0)
 
 
-# What makes the launch, whether it splits rows over programs, and the dtype that it reads if it is always the same.
-JOBS = {"forward": (forward, True, None), "backward": (backward, False, None)}
-JOBS["unit_gradient"] = (unit_gradient, False, "float32")
-
-
-def seconds(function, device):
-    """Median time of a call, on a GPU with a cold L2 cache."""
-    if device == "cuda":
-        return triton.testing.do_bench(function, warmup=10, rep=40, return_mode="median") / 1e3
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+JOBS = {make.__name__: make for make in (forward, backward, unit_gradient)}
 
 
 def entry(launch, choice, device):
-    """A launch in words and its time, or why it fails."""
+    """A launch in words and its median time, on a GPU with a cold L2 cache, or why it fails."""
     words = f"{choice.columns}*{choice.unroll} x{choice.num_warps} /{choice.splits}"
+    chosen = partial(launch, launch=choice)
     try:
-        launch(launch=choice)
-        return {"launch": words, "median": seconds(partial(launch, launch=choice), device)}
+        chosen()
+        if device == "cpu":
+            return {"launch": words, "median": timeit(chosen, number=1)}
+        milliseconds = triton.testing.do_bench(chosen, warmup=10, rep=40, return_mode="median")
+        return {"launch": words, "median": milliseconds / 1e3}
     except Exception as error:  # too many registers or too much shared memory: said in the table
         return {"launch": words, "missing": f"failed: {type(error).__name__}: {error}".splitlines()[0]}
 
@@ -98,19 +87,21 @@ def compare(entries):
 
 def tune(name, dtype, shape, options, progress):
     """The group of one kernel at one shape."""
-    make, splittable, read = JOBS[name]
     num_rows, vocab_size = map(int, shape.split("x"))
     logits = torch.randn(1, num_rows, vocab_size, device=options.device).to(getattr(torch, dtype))
-    launch = make(logits, torch.randint(0, vocab_size, (1, num_rows), device=options.device), options.num_processors)
+    targets = torch.randint(0, vocab_size, (1, num_rows), device=options.device)
+    launch = JOBS[name](logits, targets, options.num_processors)
     rule = launch()
-    worth = choices(vocab_size, getattr(torch, read or dtype).itemsize, splittable)
+    # Unit gradients are made of float32 logits whatever they are; only the forward pass splits rows over programs.
+    element_size = 4 if name == "unit_gradient" else logits.element_size()
+    worth = choices(vocab_size, element_size, splittable=name == "forward")
     tried = dict.fromkeys([rule, *(rule._replace(**choice) for choice in worth)])
     entries = []
     for choice in tried:
         entries.append(entry(launch, choice, options.device))
         progress.update(1 / len(tried))
-    group = {"what": f"The kernel `{name}`, {dtype}", "shape": {"rows": num_rows, "V": vocab_size}}
-    return group | compare(entries)
+    shape = {"rows": num_rows, "V": vocab_size}
+    return {"what": f"The kernel `{name}`, {dtype}", "shape": shape} | compare(entries)
 
 
 def main(arguments):

@@ -1,18 +1,13 @@
 """Compile every kernel for every supported architecture, without a GPU: `python -m bpo_fast.kernels.aot`.
 
-Prints one line for each variant of a kernel and each architecture: warps a block, registers a thread, bytes spilled
-to local memory, bytes of shared memory, theoretical occupancy. Ends with code 1 if anything spills, or needs more
-shared memory than the smallest of these architectures gives a block. `--markdown PATH` keeps the table; `--check PATH`
-also ends with code 1 if the kept table differs from what compiles now. `--sass NAME --arch 86` shows the machine code
-of one kernel.
+Prints a line for each variant of a kernel and each architecture. Ends with code 1 if anything spills, or needs more
+shared memory than the smallest of these architectures gives a block, or differs from the table of `--check PATH`.
 """
 
 import argparse
 import os
 import re
-import subprocess
 import sys
-import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from multiprocessing import get_context
@@ -32,17 +27,6 @@ SHARED_LIMIT = min(architecture.shared_per_block for architecture in ARCHITECTUR
 COMMAND = "python -m bpo_fast.kernels.aot"
 
 
-def _resource_usage(cubin):
-    """Registers and local bytes (stack and spills) of the one kernel in a cubin, as cuobjdump reports them."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
-    return usage["REG"], usage["STACK"] + usage["LOCAL"]
-
-
 class Usage(NamedTuple):
     """What one compiled kernel uses: registers a thread, spilled bytes a thread, bytes of shared memory a block."""
 
@@ -57,9 +41,11 @@ def _compile(variant, architecture):
 
 
 def compile_variant(variant: Variant, architecture: int) -> Usage:
-    """Compile for sm_`architecture` and return its `Usage`."""
+    """Compile for sm_`architecture` and return its `Usage`, as cuobjdump reports it of the one kernel in the cubin."""
     compiled = _compile(variant, architecture)
-    return Usage(*_resource_usage(compiled.asm["cubin"]), compiled.metadata.shared)
+    text = sass.cuobjdump(compiled.asm["cubin"], "--dump-resource-usage")
+    usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    return Usage(usage["REG"], usage["STACK"] + usage["LOCAL"], compiled.metadata.shared)
 
 
 def _compile_by_index(index, architecture):
@@ -121,19 +107,11 @@ def difference(path: Path, made: str) -> str:
     return f"{path}: found {len(new)} lines that differ, expected first {new[0]!r}; {remedy}"
 
 
-def _write(path, text):
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, metavar="86", help="default: all")
     parser.add_argument("--match", default="", help="only kernels whose name holds this text")
-    parser.add_argument(
-        "--shared-limit", type=int, default=SHARED_LIMIT, help="bytes of shared memory a block may use"
-    )
+    parser.add_argument("--shared-limit", type=int, default=SHARED_LIMIT, help="bytes of shared memory a block")
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--markdown", type=Path, metavar="PATH", help="write the table to this file")
     action.add_argument("--check", type=Path, metavar="PATH", help="compare the table with this file")
@@ -157,7 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     if options.sass:
         (variant,) = (v for v in variants() if v.name == options.sass)
-        print(sass.report(sass.instructions(sass.disassemble(_compile(variant, *options.arch).asm["cubin"]))))
+        print(sass.report(sass.instructions(sass.cuobjdump(_compile(variant, *options.arch).asm["cubin"]))))
         return 0
     chosen = [(index, variant) for index, variant in enumerate(variants()) if options.match in variant.name]
     architectures = options.arch or tuple(ARCHITECTURES)
@@ -180,7 +158,9 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"{variant.name:<{width}}  sm_{architecture:<4} {words}{remark}", flush=True)
     print(f"{len(jobs)} compiled, {failed} failed")
     if options.markdown:
-        _write(options.markdown, markdown(table))
+        temporary = options.markdown.with_name(f".{options.markdown.name}.{os.getpid()}")
+        temporary.write_text(markdown(table))
+        temporary.replace(options.markdown)
     behind = difference(options.check, markdown(table)) if options.check else ""
     if behind:
         print(behind, file=sys.stderr)

@@ -1,8 +1,7 @@
 """The NVIDIA architectures that everything is compiled for: the one place that names them.
 
-The ahead-of-time check, the noise op's build, CI and the tests take them from here; another one is another line, and
-docs/kernels-aot.md made anew. `csrc/build_backend.py` runs this file by its path, where nothing is installed yet: it
-imports the standard library alone.
+Another one is another line, and docs/kernels-aot.md made anew. `csrc/build_backend.py` runs this file by its path,
+where nothing is installed yet: it imports the standard library alone.
 
 The limits are those of the CUDA C++ Programming Guide, appendix "Compute Capabilities", table "Technical
 Specifications per Compute Capability", and of its sections on shared memory.

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from bpo_fast.kernels.architectures import ARCHITECTURES
 
 WARP_SIZE = 32
-MAX_THREADS_PER_BLOCK = 1024
+MAX_WARPS_PER_BLOCK = 1024 // WARP_SIZE
 MAX_REGISTERS_PER_THREAD = 255
 REGISTERS_PER_BLOCK = 64 * 1024
 # The same on every architecture: registers are given to a warp, from the quarter of the register file that the warp
@@ -58,15 +58,12 @@ def occupancy(architecture: int, registers: int, shared: int, num_warps: int) ->
     'registers'
     """
     if architecture not in ARCHITECTURES:
-        raise ValueError(
-            f"architecture: found {architecture!r}, expected one of {', '.join(map(str, ARCHITECTURES))}."
-        )
+        known = ", ".join(map(str, ARCHITECTURES))
+        raise ValueError(f"architecture: found {architecture!r}, expected one of {known}.")
     if not 1 <= registers <= MAX_REGISTERS_PER_THREAD:
         raise ValueError(f"registers: found {registers!r}, expected 1 to {MAX_REGISTERS_PER_THREAD} a thread.")
-    if not 1 <= num_warps <= MAX_THREADS_PER_BLOCK // WARP_SIZE:
-        raise ValueError(
-            f"num_warps: found {num_warps!r}, expected 1 to {MAX_THREADS_PER_BLOCK // WARP_SIZE} a block."
-        )
+    if not 1 <= num_warps <= MAX_WARPS_PER_BLOCK:
+        raise ValueError(f"num_warps: found {num_warps!r}, expected 1 to {MAX_WARPS_PER_BLOCK} a block.")
     if shared < 0:
         raise ValueError(f"shared: found {shared!r}, expected a number of bytes that is not negative.")
     limits = ARCHITECTURES[architecture]
@@ -79,12 +76,8 @@ def occupancy(architecture: int, registers: int, shared: int, num_warps: int) ->
     by_shared = limits.shared // _round_up(shared + SYSTEM_SHARED, SHARED_UNIT)
     if shared > limits.shared_per_block:
         by_shared = 0
-    blocks_by = {
-        "warps": limits.warps // num_warps,
-        "blocks": limits.blocks,
-        "registers": by_registers,
-        "shared memory": by_shared,
-    }
+    blocks_by = {"warps": limits.warps // num_warps, "blocks": limits.blocks}
+    blocks_by |= {"registers": by_registers, "shared memory": by_shared}
     limited_by = min(blocks_by, key=blocks_by.get)
     blocks = blocks_by[limited_by]
     return Occupancy(blocks, blocks * num_warps, blocks * num_warps / limits.warps, limited_by)

@@ -40,12 +40,12 @@ class Instruction(NamedTuple):
         return ".".join([name, *(word for word in modifiers if word == "E" or word in _WIDTHS)])
 
 
-def disassemble(cubin: bytes) -> str:
-    """The listing of a cubin as cuobjdump of the triton package gives it."""
+def cuobjdump(cubin: bytes, option: str = "-sass") -> str:
+    """What cuobjdump of the triton package says of a cubin: its listing, or what another option asks for."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-sass", file.name]
+        command = [triton.knobs.nvidia.cuobjdump.path, option, file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
@@ -53,8 +53,7 @@ def instructions(listing: str) -> list[Instruction]:
     """The instructions of a listing, in order of address, without the padding behind the last one."""
     found = []
     for line in listing.splitlines():
-        match = _LINE.match(line)
-        if match:
+        if match := _LINE.match(line):
             address, predicate, opcode, operands = match.groups(default="")
             found.append(Instruction(int(address, 16), predicate, opcode, operands.strip()))
     while found and found[-1].opcode == "NOP":
@@ -62,24 +61,17 @@ def instructions(listing: str) -> list[Instruction]:
     return found
 
 
-def _loops(code):
-    """(first, last) addresses of every loop: a branch back to where it starts. A branch to itself is padding."""
-    for instruction in code:
-        target = re.search(r"0x([0-9a-f]+)$", instruction.operands)
-        if instruction.opcode.startswith("BRA") and target and int(target[1], 16) < instruction.address:
-            yield int(target[1], 16), instruction.address
-
-
 def longest_loop(code: list[Instruction]) -> list[Instruction]:
     """The instructions of the longest loop that holds no other loop; empty if there is none."""
-    loops = list(_loops(code))
-    inner = [
-        (first, last)
-        for first, last in loops
-        if not any((first, last) != other and first <= other[0] and other[1] <= last for other in loops)
-    ]
-    if not inner:
-        return []
+    loops, inner = [], [(0, -1)]  # (first, last) addresses; the empty one is the longest if there is no other
+    for instruction in code:
+        target = re.search(r"0x([0-9a-f]+)$", instruction.operands)
+        # A loop is a branch back to where it starts; a branch to itself is padding.
+        if instruction.opcode.startswith("BRA") and target and int(target[1], 16) < instruction.address:
+            loops.append((int(target[1], 16), instruction.address))
+    for first, last in loops:
+        if not any((first, last) != other and first <= other[0] and other[1] <= last for other in loops):
+            inner.append((first, last))
     first, last = max(inner, key=lambda loop: loop[1] - loop[0])
     return [instruction for instruction in code if first <= instruction.address <= last]
 

@@ -34,9 +34,8 @@ TOKENS = 1024
 def last_to_arrive(counter, number):
     """Whether this program is the last of `number` to count itself, and then sees what the others have stored.
 
-    The counter decides which program merges or adds up; what it adds, and in which order, does not depend on it.
-    Release/acquire makes the other programs' stores visible to loads with .cg, which read past this multiprocessor's
-    own L1.
+    What it adds, and in which order, does not depend on it. Release/acquire makes the others' stores visible to loads
+    with .cg, which read past this multiprocessor's own L1.
     """
     tl.debug_barrier()
     return tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == number - 1
@@ -177,44 +176,26 @@ def launch_sequence_logps(
     """Launch over policy [S, T, V] and reference (the same shape or None); vocabulary contiguous, S and T not 0.
 
     `policy_sums` None leaves sums and counts out, `statistics` None the statistics. `launch` None is the rule's of
-    `heuristics`.
-
-    Returns:
-        The launch that was taken.
+    `heuristics`. Returns the launch that was taken.
     """
     num_sequences, num_tokens, vocab_size = policy.shape
     num_rows, num_planes = num_sequences * num_tokens, token_logps.shape[0]
     if reference is None:  # there is no plane 1 to read it
         reference, reference_sums = policy, policy_sums
-    launch = launch or heuristics.row_launch(
-        num_rows * num_planes,
-        vocab_size,
-        policy.element_size(),
-        num_processors,
-        heavy=statistics is not None,
-        aligned=heuristics.is_aligned(policy) and heuristics.is_aligned(reference),
-    )
-    is_split = launch.splits > 1
+    aligned = heuristics.is_aligned(policy) and heuristics.is_aligned(reference)
+    read = (num_rows * num_planes, vocab_size, policy.element_size(), num_processors)
+    launch = launch or heuristics.row_launch(*read, heavy=statistics is not None, aligned=aligned)
+    is_split, is_summed = launch.splits > 1, policy_sums is not None
     split_columns = triton.cdiv(vocab_size, launch.splits * launch.columns) * launch.columns
     counters = num_planes * (num_sequences + (num_rows if is_split else 0))
     parts = (num_planes, num_rows, launch.splits, STATE_SIZE.value)
+    results = (token_logps, policy_sums, reference_sums, num_targets, row_numbers, statistics)
+    sizes = (num_rows, num_sequences, num_tokens, vocab_size, split_columns)
     sequence_logps_kernel[num_rows, num_planes, launch.splits](
-        policy,
-        reference,
-        targets,
-        token_logps,
-        policy_sums,
-        reference_sums,
-        num_targets,
-        row_numbers,
-        statistics,
+        *(policy, reference, targets, *results),
         token_logps.new_empty(parts) if is_split else None,
-        targets.new_zeros(counters, dtype=torch.int32) if is_split or policy_sums is not None else None,
-        num_rows,
-        num_sequences,
-        num_tokens,
-        vocab_size,
-        split_columns,
+        targets.new_zeros(counters, dtype=torch.int32) if is_split or is_summed else None,
+        *sizes,
         *policy.stride()[:2],
         *reference.stride()[:2],
         softcap,

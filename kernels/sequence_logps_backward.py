@@ -83,30 +83,19 @@ def launch_sequence_logps_backward(
 
     `targets` and `row_numbers` are those of `launch_sequence_logps`; grad_token_logps [S, T] and grad_sums [S] are
     float32 and contiguous, or None. grad_logits may be logits. `launch` None is the rule's of `heuristics`; a row is
-    not split, whatever it says.
-
-    Returns:
-        The launch that was taken.
+    not split, whatever it says. Returns the launch that was taken.
     """
     num_sequences, num_tokens, vocab_size = logits.shape
     num_rows = num_sequences * num_tokens
     aligned = heuristics.is_aligned(logits) and heuristics.is_aligned(grad_logits)
     heavy = softcap is not None or not aligned
-    launch = launch or heuristics.row_launch(
-        num_rows, vocab_size, logits.element_size(), 0, heavy=heavy, aligned=aligned
-    )
+    sizes = (num_rows, vocab_size, logits.element_size(), 0)
+    launch = launch or heuristics.row_launch(*sizes, heavy=heavy, aligned=aligned)
     strip = heuristics.BACKWARD_TILES * launch.columns
+    tensors = (logits, targets, row_numbers, grad_logits, grad_token_logps, grad_sums)
     sequence_logps_backward_kernel[num_rows, triton.cdiv(vocab_size, strip)](
-        logits,
-        targets,
-        row_numbers,
-        grad_logits,
-        grad_token_logps,
-        grad_sums,
-        num_rows,
-        num_tokens,
-        vocab_size,
-        strip,
+        *tensors,
+        *(num_rows, num_tokens, vocab_size, strip),
         *logits.stride()[:2],
         *grad_logits.stride()[:2],
         softcap,

@@ -73,17 +73,6 @@ def launch_sigmoid_preference(
     label_smoothing: float,
 ) -> None:
     """Launch over logps [2B], B not 0; `ref_logps` None for a reference-free loss, `num_tokens` None for sums."""
-    sigmoid_preference_kernel[(1,)](
-        logps,
-        ref_logps,
-        num_tokens,
-        loss,
-        rewards,
-        coefficients,
-        len(logps) // 2,
-        beta,
-        label_smoothing,
-        PAIRS=PAIRS,
-        num_warps=4,
-        **COMPILER_OPTIONS,
-    )
+    tensors = (logps, ref_logps, num_tokens, loss, rewards, coefficients)
+    numbers = (len(logps) // 2, beta, label_smoothing)
+    sigmoid_preference_kernel[(1,)](*tensors, *numbers, PAIRS=PAIRS, num_warps=4, **COMPILER_OPTIONS)

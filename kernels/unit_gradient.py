@@ -106,30 +106,15 @@ def launch_unit_gradient(
     *,
     launch: RowLaunch | None = None,
 ) -> RowLaunch:
-    """Launch over float32 logits [n, V], n not 0; what is None is left out.
+    """Launch over float32 logits [n, V], n not 0; what is None is left out. Returns the launch that was taken.
 
     `launch` None is the rule's of `heuristics`; a row is not split, whatever it says.
-
-    Returns:
-        The launch that was taken.
     """
     num_rows, vocab_size = logits.shape
-    launch = launch or heuristics.row_launch(
-        num_rows,
-        vocab_size,
-        logits.element_size(),
-        0,
-        heavy=statistics is not None or softcap is not None,
-        aligned=heuristics.is_aligned(logits),
-    )
+    heavy, sizes = statistics is not None or softcap is not None, (num_rows, vocab_size, logits.element_size(), 0)
+    launch = launch or heuristics.row_launch(*sizes, heavy=heavy, aligned=heuristics.is_aligned(logits))
     unit_gradient_kernel[(num_rows,)](
-        logits,
-        gradient,
-        targets,
-        bias,
-        scale,
-        logps,
-        statistics,
+        *(logits, gradient, targets, bias, scale, logps, statistics),
         None if statistics is None else statistics.stride(0),
         vocab_size,
         logits.stride(0),

@@ -79,53 +79,33 @@ def _forward(label, dtype, vocab_size, num_tokens, *, sums=False, statistics=Fal
     targets = torch.empty(num_sequences, num_tokens, dtype=torch.int64)
     # Of what is written only the type counts, and how many planes there are.
     floats = torch.empty(2, num_sequences, num_tokens)
-    return recorded(
-        _name("sequence_logps", dtype, label, vocab_size),
-        launch_sequence_logps,
-        policy,
-        reference,
-        targets,
-        token_logps=floats,
-        row_numbers=floats,
-        policy_sums=floats if sums else None,
-        reference_sums=floats if sums else None,
-        num_targets=targets if sums else None,
-        statistics=floats if statistics else None,
-        num_processors=NUM_PROCESSORS,
-        **transform,
-    )
+    results = dict.fromkeys(("policy_sums", "reference_sums"), floats if sums else None)
+    results |= {"num_targets": targets if sums else None, "statistics": floats if statistics else None}
+    results |= {"token_logps": floats, "row_numbers": floats}
+    name, options = _name("sequence_logps", dtype, label, vocab_size), transform | {"num_processors": NUM_PROCESSORS}
+    return recorded(name, launch_sequence_logps, policy, reference, targets, **results, **options)
 
 
 def _backward(label, dtype, vocab_size, *, tokens=False, sums=False, transform=PLAIN):
     logits, grad_logits = (torch.empty(NUM_SEQUENCES, MANY_TOKENS, vocab_size, dtype=dtype) for _ in range(2))
     floats = torch.empty(2, NUM_SEQUENCES, MANY_TOKENS)
-    return recorded(
-        _name("sequence_logps_backward", dtype, label, vocab_size),
-        launch_sequence_logps_backward,
-        logits,
-        torch.empty(NUM_SEQUENCES, MANY_TOKENS, dtype=torch.int64),
-        floats,
-        grad_logits,
-        grad_token_logps=floats if tokens else None,
-        grad_sums=floats if sums else None,
-        **transform,
-    )
+    targets = torch.empty_like(floats[0], dtype=torch.int64)
+    grads = {"grad_token_logps": floats if tokens else None, "grad_sums": floats if sums else None}
+    name, tensors = _name("sequence_logps_backward", dtype, label, vocab_size), (logits, targets, floats, grad_logits)
+    return recorded(name, launch_sequence_logps_backward, *tensors, **grads, **transform)
 
 
 def _unit_gradient(label, dtype, vocab_size, *, targets=True, gradient=True, statistics=False, everything=False):
     logits, floats = torch.empty(MANY_TOKENS, vocab_size), torch.empty(4, MANY_TOKENS)
-    return recorded(
-        _name("unit_gradient", dtype, label, vocab_size),
-        launch_unit_gradient,
-        logits,
+    tensors = (
         logits.view(dtype)[:, :vocab_size] if gradient else None,
         torch.empty(MANY_TOKENS, dtype=torch.int64) if targets else None,
-        torch.empty(vocab_size, dtype=dtype) if everything else None,
-        floats if everything else None,
+        *((torch.empty(vocab_size, dtype=dtype), floats) if everything else (None, None)),
         floats,
         floats if statistics else None,
-        **TRANSFORM if everything else PLAIN,
     )
+    name, transform = _name("unit_gradient", dtype, label, vocab_size), TRANSFORM if everything else PLAIN
+    return recorded(name, launch_unit_gradient, logits, *tensors, **transform)
 
 
 def _sigmoid_preference(label, *, average):
