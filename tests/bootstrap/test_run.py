@@ -259,7 +259,7 @@ def test_the_model_is_left_in_its_mode(tiny_llava, annotated, tmp_path):
         ({"noise_step": 1000}, r"noise_step: found 1000, expected None or a step from 0 to 999"),
         ({"noise_target": "image"}, "noise_target: found 'image', expected one of features, pixels, projected"),
         ({"schedule": "exp"}, "schedule: found 'exp', expected one of sigmoid, linear, cosine"),
-        ({"temperature": 0.7}, "do_sample=True"),
+        ({"temperature": 0.7}, "temperature: found 0.7, expected None with greedy decoding"),
     ],
 )
 def test_mistakes_are_found_before_the_folder_is_taken(tiny_llava, annotated, tmp_path, options, message):
