@@ -33,7 +33,7 @@ class Mutation:
 MUTATIONS = [
     Mutation(
         "true-class gradient rounded before the -1 (Triton)",
-        "kernels/sequence_logps.py",
+        "kernels/sequence_logps_backward.py",
         "tl.where(columns == target.to(tl.int32), 1.0 - p, -p) * grad",
         "tl.where(columns == target.to(tl.int32), 1.0 - p.to(tl.bfloat16).to(tl.float32), -p) * grad",
         f"{INTERPRETED}::test_gradient_of_a_nearly_certain_target_is_not_rounded_to_zero",
@@ -47,16 +47,16 @@ MUTATIONS = [
     ),
     Mutation(
         "columns past the vocabulary add exp(0)",
-        "kernels/sequence_logps.py",
+        "kernels/rows.py",
         'x = tl.load(logits + columns, mask=inside, other=float("-inf"))',
         "x = tl.load(logits + columns, mask=inside, other=0.0)",
         f"{INTERPRETED}::test_token_logps",
     ),
     Mutation(
         "columns past the vocabulary add exp(0) (from hidden states)",
-        "kernels/unit_gradient.py",
-        '        x = tl.load(source + columns, mask=inside, other=float("-inf"))\n        x, _slope',
-        "        x = tl.load(source + columns, mask=inside, other=0.0)\n        x, _slope",
+        "kernels/rows.py",
+        'x = tl.load(logits + columns, mask=inside, other=float("-inf"))',
+        "x = tl.load(logits + columns, mask=inside, other=0.0)",
         f"{INTERPRETED}::test_linear_token_logps",
     ),
     Mutation(
