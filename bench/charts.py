@@ -26,11 +26,14 @@ def draw_bars(axis, title, rows, key, factor, words):
     axis.set_title(title)
 
 
-def bars(groups):
-    """One line of bar charts a group: median time and, where it was measured, peak memory. groups: title -> group."""
+def bars(groups, narrow=False):
+    """One line of bar charts a group: median time and, where it was measured, peak memory. groups: title -> group.
+
+    Narrow: time alone, as wide as a phone.
+    """
     heights = [len(group["rows"]) + 2.5 for group in groups.values()]
-    peaks = [any("peak_bytes" in row for row in group["rows"].values()) for group in groups.values()]
-    size = {"figsize": (11, 0.27 * sum(heights)), "height_ratios": heights, "squeeze": False}
+    peaks = [not narrow and any("peak_bytes" in row for row in group["rows"].values()) for group in groups.values()]
+    size = {"figsize": (3.8 if narrow else 11, 0.27 * sum(heights)), "height_ratios": heights, "squeeze": False}
     figure, axes = pyplot.subplots(len(groups), 1 + any(peaks), **size)
     for (title, group), (time_axis, *others), with_peak in zip(groups.items(), axes, peaks, strict=True):
         factor, unit = time_unit(max(row.get("median", 0) for row in group["rows"].values()))
@@ -69,8 +72,9 @@ def draw(path, result):
     if result["bench"] == "tuning":
         return
     with pyplot.rc_context(STYLE):
-        figure = (lines if result["settings"].get("sweep") else bars)(result["groups"])
+        narrow = result["bench"] == "overview"
+        figure = lines(result["groups"]) if result["settings"].get("sweep") else bars(result["groups"], narrow)
         temporary = path.with_name(f".{path.name}")
-        figure.savefig(temporary, dpi=110, format="png")
+        figure.savefig(temporary, dpi=200 if narrow else 110, format="png")
         temporary.replace(path)
         pyplot.close(figure)

@@ -69,7 +69,7 @@ def overview(devices):
         yield f"Figures on {where}. {report.caption(*results)} Lower is better, in all columns."
         yield report.table(["", "best peer", "time", "peer's", "ratio", "peak MiB", "peer's", "ratio"], lines)
         if device == next(iter(devices)):
-            yield "![beside the best peer](bench/results/overview.png)"
+            yield '<img src="bench/results/overview.png" width="380" alt="Time beside the best peer">'
         groups = [group for result in results for group in result["groups"].values()]
         slower = [group for group in groups if any(word == "time" for _, word, _ in report.ahead(group["rows"]))]
         if names := ", ".join(dict.fromkeys(group["what"].split(":")[0] for group in slower)):
