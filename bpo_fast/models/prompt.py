@@ -4,14 +4,15 @@ A prompt is what the chat template makes of the messages before an answer, the g
 what the template renders after it, its end token included. That is how TRL's DPOTrainer cuts them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 
-Messages = list[dict[str, Any]]
+from bpo_fast.models.conversation import Messages, check_texts, shorten, structured
 
 # What a processor returns beside the model's image inputs.
 _TEXT_KEYS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
@@ -23,29 +24,49 @@ def question(text: str) -> Messages:
 
 
 def render(
-    processor: ProcessorMixin, prompt: Messages, answers: Sequence[Messages] = (), *, num_images: int = 1
+    processor: ProcessorMixin,
+    prompt: str | Messages,
+    answers: Sequence[str | Messages] = (),
+    *,
+    num_images: int = 1,
+    template_options: Mapping[str, Any] | None = None,
 ) -> tuple[str, list[str]]:
     """The text of a prompt, and that of each answer after it.
 
     Args:
         processor: of the model; its chat template is used.
         prompt: messages before the answer. A plain string as content is text, in the first user turn behind the
-            images.
-        answers: alternative continuations, one list of messages each.
+            images; a plain string alone is one user turn. After a last message of the assistant the answer goes on
+            with that message.
+        answers: alternative continuations, one list of messages each, or a plain string of the assistant's.
         num_images: images that the prompt shows.
+        template_options: `tools` and further variables of the chat template.
 
     Raises:
-        ValueError: the prompt's image placeholders are not as many as its images.
+        ValueError: messages that are none (see `conversation.structured`), an image's placeholder typed as text, an
+            answer that is not the assistant's text alone, placeholders that are not as many as the images, or a
+            conversation that the chat template cannot render.
     """
-    messages = _structured(prompt, num_images)
-    slots = sum(part["type"] == "image" for message in messages for part in message["content"])
-    if slots != num_images:
+    messages = structured(prompt, "prompt", num_images=num_images)
+    whole = [messages + structured(answer, "answer") for answer in answers]
+    image_token = getattr(processor, "image_token", None)
+    check_texts(messages, "prompt", image_token and str(image_token))
+    for conversation in whole:
+        answer = conversation[len(messages) :]
+        check_texts(answer, "answer", image_token and str(image_token))
+        if answer[0]["role"] != "assistant" or _slots(answer):
+            raise ValueError(f"answer: found {shorten(answer)}, expected the assistant's, in text alone.")
+    if _slots(messages) != num_images:
         raise ValueError(
-            f"prompt: found {slots} image placeholders for {num_images} images in {shorten(messages)}, expected as "
-            "many; give each image one part {'type': 'image'}."
+            f"prompt: found {_slots(messages)} image placeholders for {num_images} images in {shorten(messages)}, "
+            "expected as many; give each image one part {'type': 'image'}."
         )
-    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    whole = [processor.apply_chat_template(messages + _structured(answer, 0), tokenize=False) for answer in answers]
+    if (last_role := messages[-1]["role"]) == "system":
+        raise ValueError("prompt: found a last message of role 'system', expected a question; give one.")
+    ending = {"continue_final_message" if last_role == "assistant" else "add_generation_prompt": True}
+    options = template_options or {}
+    text = _templated(processor, messages, **options, **ending)
+    whole = [_templated(processor, conversation, **options) for conversation in whole]
     # A template may render the generation prompt and an answered turn differently; what they share is the prompt.
     text = _common_prefix([text, *whole])
     return text, [answer[len(text) :] for answer in whole]
@@ -86,28 +107,21 @@ def answer_ids(processor: ProcessorMixin, answer: str) -> list[int]:
     return processor.tokenizer(answer, add_special_tokens=False)["input_ids"]
 
 
-def shorten(value: object) -> str:
-    """`repr`, cut for a message."""
-    text = repr(value)
-    return text if len(text) <= 120 else f"{text[:117]}..."
+def _templated(processor, messages, **options):
+    try:
+        return processor.apply_chat_template(messages, tokenize=False, **options)
+    # A template's own refusal, or an operation in it that a value does not fit.
+    except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"chat template: found a conversation that it cannot render ({error}), {shorten(messages)}, expected one of "
+            "the model's form."
+        ) from None
+
+
+def _slots(messages):
+    return sum(part["type"] == "image" for message in messages for part in message["content"])
 
 
 def _common_prefix(texts):
     length = next((n for n, letters in enumerate(zip(*texts, strict=False)) if len(set(letters)) > 1), None)
     return min(texts, key=len)[:length]
-
-
-def _structured(messages, num_images):
-    """Messages whose content is a list of parts; a plain string in the first user turn gets the images before it."""
-    result = []
-    for message in messages:
-        content = message["content"]
-        if isinstance(content, str):
-            images = [{"type": "image"}] * num_images if message["role"] == "user" else []
-            num_images = 0 if images else num_images
-            content = [*images, {"type": "text", "text": content}]
-        else:
-            # A data set's Arrow schema fills the keys that a part lacks with None, which templates may trip over.
-            content = [{key: value for key, value in part.items() if value is not None} for part in content]
-        result.append({**message, "content": content})
-    return result

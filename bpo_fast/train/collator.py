@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
 from transformers import ProcessorMixin
 
+from bpo_fast.data.images import upright_rgb
 from bpo_fast.losses.preference import Batch
+from bpo_fast.models.conversation import shorten
 from bpo_fast.models.packing import Group, Packing, pack, plan_sequences
-from bpo_fast.models.prompt import answer_ids, encode, image_inputs, prompt_ids, render, shorten
+from bpo_fast.models.prompt import answer_ids, encode, image_inputs, prompt_ids, render
+
+# Options of a chat template that are the renderer's own.
+_RESERVED = ("conversation", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict")
 
 
 @dataclass
@@ -48,7 +55,9 @@ class PreferenceCollator:
     """Makes packed sequences of examples in TRL's vision preference columns.
 
     An example has `prompt`, `chosen` and, unless only the chosen answers are trained on, `rejected` as lists of chat
-    messages, and `images` (a list) or `image`. Tokens are those of TRL's DPOTrainer; see `models.prompt`.
+    messages or plain strings, and `images` (a list) or `image`. It may have `tools` (a list of schemas) and
+    `chat_template_kwargs` (variables of the chat template), each also as JSON text. Tokens are those of TRL's
+    DPOTrainer; see `models.prompt`.
 
     Args:
         processor: of the model; its tokenizer and chat template are used.
@@ -71,15 +80,16 @@ class PreferenceCollator:
             {"sequences": [...]}: as many packed sequences as the token budget asks for.
 
         Raises:
-            ValueError: a prompt fills `max_length`, a response has no tokens, or a prompt's image placeholders are not
-                as many as its images.
+            ValueError: an example that cannot be trained on: a column is missing or of the wrong form, the conversation
+                cannot be rendered (see `models.prompt.render`), the prompt fills `max_length`, a response has no
+                tokens, or chosen and rejected have the same.
         """
-        images = [self._images(example) for example in examples]
+        images = [_images(example) for example in examples]
         rendered = [self._render(example, len(shown)) for example, shown in zip(examples, images, strict=True)]
         prompts = [prompt for prompt, _ in rendered]
         encoded = encode(self.processor, prompts, images)
         groups = [
-            Group(ids, [self._answer_ids(ids, prompt, answer) for answer in answers])
+            Group(ids, self._branches(ids, prompt, answers))
             for ids, (prompt, answers) in zip(prompt_ids(encoded), rendered, strict=True)
         ]
         batch = Batch(len(groups), sum(len(group.branches[0]) for group in groups))
@@ -94,13 +104,24 @@ class PreferenceCollator:
             sequences.append(PackedSequence(packing, image_inputs(encoded), image_rows, batch))
         return {"sequences": sequences}
 
-    def _images(self, example: dict) -> list[Image.Image]:
-        shown = example["images"] if "images" in example else [example["image"]]
-        return [image.convert("RGB") for image in shown]
-
     def _render(self, example: dict, num_images: int) -> tuple[str, list[str]]:
+        for name in ("prompt", *self.responses):
+            if example.get(name) is None:
+                raise ValueError(f"example: found no '{name}', expected prompt, {', '.join(self.responses)}.")
         answers = [example[name] for name in self.responses]
-        return render(self.processor, example["prompt"], answers, num_images=num_images)
+        options = _template_options(example)
+        return render(
+            self.processor, example["prompt"], answers, num_images=num_images, template_options=options
+        )
+
+    def _branches(self, prompt_ids: list[int], prompt: str, answers: list[str]) -> list[list[int]]:
+        branches = [self._answer_ids(prompt_ids, prompt, answer) for answer in answers]
+        if len(branches) == 2 and branches[0] == branches[1]:
+            raise ValueError(
+                f"chosen and rejected: found the same {len(branches[0])} tokens {shorten(answers[0])} for both, "
+                "expected a preference; drop the example, or raise max_length if it cut the difference off."
+            )
+        return branches
 
     def _answer_ids(self, prompt_ids: list[int], prompt: str, answer: str) -> list[int]:
         if self.max_length is not None and len(prompt_ids) >= self.max_length:
@@ -114,3 +135,44 @@ class PreferenceCollator:
                 f"response: found no tokens after the prompt {shorten(prompt)}, expected an answer; drop the example."
             )
         return ids if self.max_length is None else ids[: self.max_length - len(prompt_ids)]
+
+
+def _images(example: dict) -> list[Image.Image]:
+    if "images" not in example and "image" not in example:
+        raise ValueError("example: found no 'images', expected a list of images.")
+    images = example["images"] if "images" in example else example["image"]
+    if images is None:
+        return []
+    images = list(images) if isinstance(images, list | tuple) else [images]
+    for image in images:
+        if not isinstance(image, Image.Image):
+            raise ValueError(f"images: found {shorten(image)}, expected decoded images; see bpo_fast.data.read_image.")
+    return list(map(upright_rgb, images))
+
+
+def _template_options(example: dict) -> dict[str, Any]:
+    """`tools` and `chat_template_kwargs` as keywords of the chat template, as TRL's DPOTrainer reads them."""
+    tools = _json("tools", example.get("tools"), list)
+    options = _json("chat_template_kwargs", example.get("chat_template_kwargs"), dict) or {}
+    for name in _RESERVED:
+        if name in options:
+            raise ValueError(f"chat_template_kwargs: found '{name}', expected variables of the chat template alone.")
+    return ({"tools": tools} if tools else {}) | options
+
+
+def _json(name: str, value: Any, kind: type) -> Any:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise ValueError(f"{name}: found {shorten(value)}, expected a {kind.__name__} or its JSON text.") from None
+    if value is not None and not isinstance(value, kind):
+        raise ValueError(f"{name}: found {shorten(value)}, expected a {kind.__name__} or its JSON text.")
+    return _without_none(value)
+
+
+def _without_none(value: Any) -> Any:
+    """Without the keys that an Arrow schema added: it gives every row those of all rows, with None."""
+    if isinstance(value, dict):
+        return {key: _without_none(each) for key, each in value.items() if each is not None}
+    return list(map(_without_none, value)) if isinstance(value, list) else value

@@ -1,0 +1,100 @@
+"""Images: where their files may lie, and the one way from a file to the pixels that a model sees."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from bpo_fast.runs.text import is_text, shown
+
+
+def image_path(root: str | os.PathLike, name: object) -> Path:
+    """Path of the image that a record names, below the image folder.
+
+    Args:
+        root: the image folder; it may be a link itself.
+        name: what the record holds: a path relative to `root`, or an absolute one that lies in it.
+
+    Returns:
+        The path, whether there is a file or not; `read_image` says so.
+
+    Raises:
+        ValueError: `name` is not the text of a path, or leads out of `root`: by `..`, as an absolute path, or by a
+            link.
+
+    Example:
+
+    >>> image_path("coco", "train/1.jpg").as_posix()
+    'coco/train/1.jpg'
+    >>> image_path("coco", "../secret.jpg")
+    Traceback (most recent call last):
+    ValueError: image '../secret.jpg': found a path that leaves the image folder 'coco', expected one inside it; move \
+the image there.
+    """
+    if not isinstance(name, str) or not name.strip():
+        raise ValueError(f"image: found {shown(name)}, expected the path of an image.")
+    if "\0" in name or not is_text(name):
+        raise ValueError(f"image: found {shown(name)}, a path that no file can have, expected that of an image.")
+    path = Path(root, name)
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
+        raise ValueError(
+            f"image {shown(name)}: found a path that leaves the image folder '{root}', expected one inside it; move "
+            "the image there."
+        )
+    return path
+
+
+def read_image(path: str | os.PathLike) -> Image.Image:
+    """Read an image whole, upright and in RGB; of an animation its first frame.
+
+    Raises:
+        ValueError: the file is missing, or is not an image that can be decoded to its end.
+    """
+    try:
+        with Image.open(path) as image:
+            return upright_rgb(image)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: found no such file, expected an image.") from None
+    # Pillow's decoders report damage by nearly any error, by format.
+    except Exception as error:
+        raise ValueError(f"{path}: found a file that cannot be decoded ({error}), expected an image.") from None
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """An opened image as models see it: turned as its EXIF data say, 8 bits a channel, transparency on white.
+
+    Pillow's own conversion clips 16-bit and floating-point values at 255, which turns such an image white. Here those
+    of 16 bits are divided by 257. Those of 32 bits are taken to reach from 0 to the least of 255 and 65535 (for floats
+    also 1) that holds them all; where there is none, they are stretched from their least to their greatest. An image
+    that this has made already comes back as it is.
+
+    Raises:
+        ValueError, OSError: the image cannot be decoded to its end, or a value of it is not finite.
+
+    Example:
+
+    >>> upright_rgb(Image.new("I;16", (1, 1), 32896)).getpixel((0, 0))
+    (128, 128, 128)
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        image = _grey(np.asarray(image) / 257)
+    elif image.mode in ("I", "F"):
+        image = _grey(_scaled(np.asarray(image, dtype=np.float64), (255, 65535) if image.mode == "I" else (1, 255, 65535)))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _scaled(values, greatest):
+    if not np.isfinite(values).all():
+        raise ValueError("a pixel that is not a finite number")
+    low, high = values.min(), values.max()
+    fitting = [limit for limit in greatest if 0 <= low and high <= limit]
+    return values * (255 / fitting[0]) if fitting else (values - low) * (255 / ((high - low) or 1))
+
+
+def _grey(values):
+    return Image.fromarray(np.rint(values).astype(np.uint8))
