@@ -7,7 +7,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from bpo_fast.answers.generate import check_processor
-from bpo_fast.data.annotations import read_image
+from bpo_fast.data.images import read_image
 from bpo_fast.runs.journal import Journal
 
 

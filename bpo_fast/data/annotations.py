@@ -17,11 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
-
+from bpo_fast.data.images import image_path
+from bpo_fast.models.conversation import IMAGE_TAG
 from bpo_fast.runs.files import read_json
-
-IMAGE_TAG = "<image>"
+from bpo_fast.runs.text import is_text, printable, shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +74,7 @@ def read_annotations(
     Example:
 
     >>> import tempfile
+    >>> from PIL import Image
     >>> folder = Path(tempfile.mkdtemp())
     >>> Image.new("RGB", (4, 4)).save(folder / "1.png")
     >>> turns = [{"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A black square."}]
@@ -96,35 +96,21 @@ def read_annotations(
         raise ValueError(f"{name}: found a {type(records).__name__}, expected a JSON list of records.")
     annotations, skipped = [], []
     for number, record in enumerate(records):
-        record_id = str(record.get("id", number)) if isinstance(record, dict) else str(number)
+        record_id = _id_of(record, number)
         try:
             image, question, answer = _parse(record, max_response_words)
-            if not (image_folder / image).is_file():
+            if not os.path.isfile(image_path(image_folder, image)):
                 raise ValueError(f"image {image} does not exist")
+            if not is_text(record_id):
+                raise ValueError(f"an id that no file takes, {shown(record_id)}")
         except ValueError as reason:
-            skipped.append(Skip(number, record_id, str(reason)))
+            skipped.append(Skip(number, printable(record_id)[:200], printable(str(reason))))
         else:
             annotations.append(Annotation(number, record_id, image, question, answer))
     if not annotations:
         first = f" (record {skipped[0].record} has {skipped[0].reason})" if skipped else ""
         raise ValueError(f"{name}: found no usable record among {len(records)}{first}, expected at least one.")
     return annotations, skipped
-
-
-def read_image(path: str | os.PathLike) -> Image.Image:
-    """Read an image whole, upright and in RGB.
-
-    Raises:
-        ValueError: the file is missing, or is not an image that can be decoded to its end.
-    """
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except FileNotFoundError:
-        raise ValueError(f"{path}: found no such file, expected an image.") from None
-    # Pillow's decoders report a damaged file by any of these, by format.
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: found a file that cannot be decoded ({error}), expected an image.") from None
 
 
 def check_response(response: str, max_response_words: int | None) -> None:
@@ -151,9 +137,14 @@ def _parse(record: Any, max_response_words: int | None) -> tuple[str, str, str]:
     if IMAGE_TAG in answer:
         raise ValueError(f"{IMAGE_TAG} in the answer")
     check_response(answer, max_response_words)
-    # JSON can hold half a surrogate pair, which no file takes later on.
-    "".join((image, question, answer)).encode()
+    if not is_text(question + answer):
+        raise ValueError("half a surrogate pair in its text, which no file takes")
     return image, question, answer
+
+
+def _id_of(record: Any, number: int) -> str:
+    found = record.get("id") if isinstance(record, dict) else None
+    return str(number if found is None else found)
 
 
 def _from_llava(record):

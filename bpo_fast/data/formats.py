@@ -6,12 +6,15 @@ A format is known by the keys of its records:
   unequal score are a pair.
 - RLAIF-V: `image`, `question`, `chosen`, `rejected`. RLHF-V: the last three inside a JSON string `text`.
 - POVID: LLaVA-Instruct's `image` and `conversations`, and `rejected_conversations`.
-- TRL's own columns, as `bpo_fast.data.pairs` writes them.
+- TRL's own columns, as `bpo_fast.data.pairs` writes them; text alone is taken for a message of one.
 """
 
 import json
 from itertools import product
 from typing import Any
+
+from bpo_fast.models.conversation import structured
+from bpo_fast.runs.text import is_text, shown
 
 
 def preference_row(image: str, question: str, chosen: str, rejected: str, **extra: Any) -> dict:
@@ -23,6 +26,11 @@ def preference_row(image: str, question: str, chosen: str, rejected: str, **extr
     >>> pair["rejected"][0]["content"][0]["text"], pair["id"]
     ('A square.', '1')
     """
+
+    if not isinstance(image, str):
+        raise ValueError(f"found the image {shown(image)}, expected a path")
+    for text in (question, chosen, rejected):
+        _check_text(text)
 
     def turn(role, *content):
         return [{"role": role, "content": list(content)}]
@@ -44,7 +52,7 @@ def to_pairs(record: dict, number: int) -> list[dict]:
         number: of the record in its file, the id of a record that has none.
 
     Returns:
-        Pairs in TRL's columns, with `id` and, for BPO's, `rejected_type`; TRL's own records come back as they are.
+        Pairs in TRL's columns, with `id` and, for BPO's, `rejected_type`; TRL's own records with messages of parts.
 
     Raises:
         ValueError: what was found and expected, where the record is in none of the formats or lacks a part of its own.
@@ -59,20 +67,37 @@ def to_pairs(record: dict, number: int) -> list[dict]:
         raise ValueError(f"found a {type(record).__name__}, expected an object")
     for name, keys, convert in _FORMATS:
         if keys <= record.keys():
+            found = record.get("id", record.get("idx"))
             try:
-                return convert(record, str(record.get("id", record.get("idx", number))))
+                return convert(record, str(number if found is None else found))
             except (KeyError, TypeError, IndexError, AttributeError, json.JSONDecodeError) as error:
                 parts = ", ".join(sorted(keys))
                 raise ValueError(f"found {parts} with a fault inside ({error!r}), expected those of {name}") from None
     known = ", ".join(dict.fromkeys(name for name, _, _ in _FORMATS))
-    raise ValueError(f"found the keys {', '.join(map(str, record))}, expected those of a known format ({known})")
+    raise ValueError(f"found the keys {shown(list(record))}, expected those of a known format ({known})")
 
 
 def _from_trl(record, record_id):
     images = record["images"]
     if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
-        raise ValueError(f"found images {images!r}, expected a list of paths")
-    return [record]
+        raise ValueError(f"found images {shown(images)}, expected a list of paths")
+    return [record | {name: _messages(record, name) for name in ("prompt", "chosen", "rejected")}]
+
+
+def _messages(record, name):
+    try:
+        messages = structured(record[name], name, num_images=len(record["images"]))
+    except ValueError as error:
+        raise ValueError(str(error).rstrip(".")) from None
+    for message in messages:
+        for part in message["content"]:
+            _check_text(part.get("text", ""))
+    return messages
+
+
+def _check_text(text):
+    if not is_text(text):
+        raise ValueError(f"found the text {shown(text)}, expected one that a file takes")
 
 
 def _from_bpo(record, record_id):

@@ -81,7 +81,9 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         image = _grey(np.asarray(image) / 257)
     elif image.mode in ("I", "F"):
-        image = _grey(_scaled(np.asarray(image, dtype=np.float64), (255, 65535) if image.mode == "I" else (1, 255, 65535)))
+        image = _grey(
+            _scaled(np.asarray(image, dtype=np.float64), (255, 65535) if image.mode == "I" else (1, 255, 65535))
+        )
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -13,13 +13,15 @@ A line of `pairs.jsonl` has TRL's conversational columns, its images given by pa
 
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
-from datasets import Dataset, Features, Image, List, Value, load_from_disk
+from datasets import Dataset, DatasetInfo, Features, Image, List, Value, load_from_disk
 from datasets.table import InMemoryTable
 
 from bpo_fast.data.formats import to_pairs
+from bpo_fast.data.images import image_path, read_image, upright_rgb
 from bpo_fast.runs.files import read_json, write_jsonl
 from bpo_fast.runs.fingerprint import fingerprint
 
@@ -27,8 +29,19 @@ PAIRS_FILE = "pairs.jsonl"
 METADATA_FILE = "metadata.json"
 COLUMNS = ("images", "prompt", "chosen", "rejected")
 
+
+@dataclass
+class _UprightImage(Image):
+    """datasets' image column, decoded as `read_image` does it."""
+
+    def decode_example(self, value, token_per_repo_id=None):
+        if isinstance(value, dict) and value["bytes"] is None and value["path"] is not None:
+            return read_image(value["path"])
+        return upright_rgb(super().decode_example(value, token_per_repo_id))
+
+
 _TURNS = List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})})
-_FEATURES = {"images": List(Image(mode="RGB")), "prompt": _TURNS, "chosen": _TURNS, "rejected": _TURNS}
+_FEATURES = {"images": List(_UprightImage()), "prompt": _TURNS, "chosen": _TURNS, "rejected": _TURNS}
 
 
 def write_pairs(path: str | os.PathLike, pairs: Iterable[dict]) -> None:
@@ -46,12 +59,14 @@ def load_preference_dataset(path: str | os.PathLike, *, image_folder: str | os.P
             the folder it lies in. Not for `save_to_disk` folders, which hold their images.
 
     Returns:
-        Columns `images` (list of RGB images, decoded when read), `prompt`, `chosen`, `rejected` (conversations) and
-        whatever else the records have.
+        Columns `images` (list of RGB images, decoded when read, as `read_image` does it), `prompt`, `chosen`,
+        `rejected` (conversations) and whatever else the records have. An image may be missing or damaged; its row
+        then cannot be read, and `bpo_fast.train.check_pairs` lists it.
 
     Raises:
-        FileNotFoundError: nothing at `path`, or an image of a pair is missing.
-        ValueError: the folder holds no pairs, an unfinished run, or records without the columns.
+        FileNotFoundError: nothing at `path`, or no pair has its image.
+        ValueError: the folder holds no pairs, an unfinished run, or records without the columns; a path leaves the
+            image folder.
     """
     path = Path(path)
     if not path.exists():
@@ -73,7 +88,10 @@ def load_preference_dataset(path: str | os.PathLike, *, image_folder: str | os.P
                 f"dataset: found an unfinished bootstrap in '{path}', expected {PAIRS_FILE}; run the same bootstrap "
                 "command again to finish it."
             )
-        default_folder = read_json(metadata)["image_folder"]
+        content = read_json(metadata)
+        default_folder = content.get("image_folder") if isinstance(content, dict) else None
+        if image_folder is None and not isinstance(default_folder, str):
+            raise ValueError(f"{metadata}: found no image_folder, expected that of the pairs; give one yourself.")
     else:
         file, default_folder = path, path.parent
     records = read_json(file)
@@ -87,7 +105,7 @@ def load_preference_dataset(path: str | os.PathLike, *, image_folder: str | os.P
             raise ValueError(f"{file}, record {number}: {error}.") from None
     if not pairs:
         raise ValueError(f"{file}: found no pairs, expected at least one.")
-    return _to_dataset(pairs, Path(image_folder or default_folder), file)
+    return _to_dataset(pairs, Path(default_folder if image_folder is None else image_folder), file)
 
 
 def dataset_fingerprint(dataset: Dataset) -> str:
@@ -105,22 +123,29 @@ def _to_dataset(pairs, image_folder, file):
             )
         for name, values in columns.items():
             values.append(pair[name])
-    paths = [[os.path.join(image_folder, image) for image in images] for images in columns["images"]]
-    missing = [image for images in paths for image in images if not os.path.isfile(image)]
-    if missing:
+    paths = {}
+    for number, images in enumerate(columns["images"]):
+        for name in images:
+            if name not in paths:
+                try:
+                    paths[name] = str(image_path(image_folder, name))
+                except ValueError as error:
+                    raise ValueError(f"{file}, pair {number}: {error}") from None
+    missing = [path for path in paths.values() if not os.path.isfile(path)]
+    if missing and len(missing) == len(paths):
         raise FileNotFoundError(
-            f"{file}: found {len(missing)} paths without an image, the first is {missing[0]}, expected none; give the "
+            f"{file}: found none of its {len(paths)} images, the first is {missing[0]}, expected them; give the "
             "image_folder."
         )
-    columns["images"] = [[{"bytes": None, "path": image} for image in images] for images in paths]
+    columns["images"] = [[{"bytes": None, "path": paths[image]} for image in images] for images in columns["images"]]
     # Dataset.from_dict would encode value by value in Python: half a minute for the paper's 170,000 pairs.
     try:
         extra = pa.table({name: values for name, values in columns.items() if name not in COLUMNS})
         features = Features({**_FEATURES, **Features.from_arrow_schema(extra.schema)})
         table = pa.table(columns, schema=features.arrow_schema)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeError, OverflowError, TypeError) as error:
         raise ValueError(
             f"{file}: found a value that is not of its column's type ({error}), expected prompt, chosen and rejected "
             "as lists of {role, content: [{type, text}]} and other columns of one type throughout."
         ) from None
-    return Dataset(InMemoryTable(table))
+    return Dataset(InMemoryTable(table), info=DatasetInfo(features=features))

@@ -22,7 +22,7 @@ class ObjectMatcher:
             text the longest one counts: a "hot dog" is not a dog.
 
     Raises:
-        ValueError: the table is empty, an object has no phrase, or two objects share one.
+        ValueError: the table is empty or no table, an object has no phrase or an empty one, or two objects share one.
 
     Example:
 
@@ -38,9 +38,16 @@ class ObjectMatcher:
             raise ValueError(f"synonyms: found {synonyms!r:.80}, expected a table of at least one object.")
         self._object_of = {}
         for item, phrases in synonyms.items():
-            if isinstance(phrases, str) or not phrases:
-                raise ValueError(f"synonyms: found {phrases!r} for '{item}', expected a list of at least one phrase.")
+            if not isinstance(item, str) or not item.strip():
+                raise ValueError(f"synonyms: found the object {item!r:.80}, expected its name.")
+            if not isinstance(phrases, list | tuple | set | frozenset) or not phrases:
+                raise ValueError(
+                    f"synonyms: found {phrases!r:.80} for '{item}', expected a list of at least one phrase."
+                )
             for phrase in phrases:
+                # An empty phrase would be found in every text.
+                if not isinstance(phrase, str) or not phrase.strip():
+                    raise ValueError(f"synonyms: found the phrase {phrase!r:.80} for '{item}', expected words.")
                 key = " ".join(phrase.lower().split())
                 other = self._object_of.setdefault(key, item)
                 if other != item:
@@ -58,12 +65,17 @@ def check_objects(objects: Sequence[Collection[str]], synonyms: Mapping[str, Col
     """Refuse a faulty synonym table, or true objects that are not in it; arguments as those of `score_chair`.
 
     Raises:
-        ValueError: see `ObjectMatcher`, or a true object is not in the table.
+        ValueError: see `ObjectMatcher`, an image's objects are not a list, or one of them is not in the table.
     """
     ObjectMatcher(synonyms)
-    unknown = sorted({item for names in objects for item in names} - set(synonyms))
-    if unknown:
-        raise ValueError(f"objects: found '{unknown[0]}', expected objects of the synonym table; add it there.")
+    for number, names in enumerate(objects):
+        if not isinstance(names, list | tuple | set | frozenset):
+            raise ValueError(f"objects, record {number}: found {names!r:.80}, expected a list of names.")
+        for item in names:
+            if not isinstance(item, str) or item not in synonyms:
+                raise ValueError(
+                    f"objects, record {number}: found {item!r:.80}, expected objects of the synonym table; add it there."
+                )
 
 
 def score_chair(

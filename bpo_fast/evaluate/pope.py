@@ -19,10 +19,10 @@ def check_labels(labels: Sequence[str]) -> None:
     """Refuse labels that `score_pope` cannot read.
 
     Raises:
-        ValueError: a label is neither "yes" nor "no".
+        ValueError: a label is neither "yes" nor "no", in whatever case.
     """
     for number, label in enumerate(labels):
-        if label not in ("yes", "no"):
+        if not isinstance(label, str) or label.strip().lower() not in ("yes", "no"):
             raise ValueError(f"labels, record {number}: found {label!r}, expected 'yes' or 'no'.")
 
 
@@ -31,7 +31,7 @@ def score_pope(answers: Sequence[str], labels: Sequence[str]) -> dict[str, float
 
     Args:
         answers: N answers in free text.
-        labels: for each, "yes" or "no".
+        labels: for each, "yes" or "no", in whatever case.
 
     Returns:
         `accuracy`, `precision`, `recall`, `f1` and `yes_ratio` (share of the *answers* that say yes), all fractions,
@@ -52,7 +52,7 @@ def score_pope(answers: Sequence[str], labels: Sequence[str]) -> dict[str, float
         raise ValueError("answers: found none, expected at least one.")
     check_labels(labels)
     said = [says_yes(answer) for answer in answers]
-    truth = [label == "yes" for label in labels]
+    truth = [label.strip().lower() == "yes" for label in labels]
     pairs = list(zip(said, truth, strict=True))
     tp, fp = pairs.count((True, True)), pairs.count((True, False))
     tn, fn = pairs.count((False, False)), pairs.count((False, True))

@@ -18,7 +18,7 @@ def normalise_question(record: Any, number: int) -> dict:
         number: of the record in its file.
 
     Returns:
-        The record under our names; a `label` in lower case.
+        The record under our names, its values as they were.
 
     Raises:
         ValueError: the record is not an object, or its `id`, `image` or `question` is there and cannot be one.
@@ -27,15 +27,17 @@ def normalise_question(record: Any, number: int) -> dict:
 
     >>> record = {"question_id": 1, "image": "1.jpg", "text": "Is there a dog?", "label": "Yes"}
     >>> normalise_question(record, 0)
-    {'id': 1, 'image': '1.jpg', 'question': 'Is there a dog?', 'label': 'yes'}
+    {'id': 1, 'image': '1.jpg', 'question': 'Is there a dog?', 'label': 'Yes'}
     """
     if not isinstance(record, Mapping):
         raise ValueError(f"questions, record {number}: found a {type(record).__name__}, expected an object.")
     renamed = {old: new for old, new in _NAMES.items() if new not in record}
     question = {renamed.get(name, name): value for name, value in record.items()}
-    if isinstance(question.get("label"), str):
-        question["label"] = question["label"].strip().lower()
-    for name, wanted in (("id", "a text or a whole number"), ("image", "the path of an image"), ("question", "a text")):
+    for name, wanted in (
+        ("id", "a text or a whole number"),
+        ("image", "the path of an image"),
+        ("question", "a text"),
+    ):
         if name not in question:
             continue
         value = question[name]

@@ -109,6 +109,10 @@ class LossConfig:
         for name in self.loss_types:
             _check_choice("loss_type", name, LOSSES)
         _check_choice("f_divergence_type", self.f_divergence_type, F_DIVERGENCES)
+        for name in ("average_logps", "use_weighting"):
+            # Any text is true to Python, 'no' and 'false' too.
+            if not isinstance(value := getattr(self, name), bool):
+                raise TypeError(f"{name}: found {value!r}, expected True or False.")
         for option in fields(self):
             value, holds = getattr(self, option.name), option.metadata["holds"]
             if holds and not (value is None and option.default is None) and not (_is_finite(value) and holds(value)):
@@ -146,7 +150,7 @@ LOSS_OPTIONS = tuple(option.name for option in fields(LossConfig))
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and -math.inf < value < math.inf
+    return isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 
 def _listed(names: Collection[str]) -> str:
@@ -159,7 +163,7 @@ def _near(value: object, choices: Collection[str]) -> str:
 
 
 def _check_choice(name: str, value: object, choices: Collection[str]) -> None:
-    if value not in list(choices):
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}: found {value!r}, expected one of {', '.join(choices)}{_near(value, choices)}")
 
 

@@ -31,6 +31,7 @@ def _check_pairs(name, value, last, labels, ref_name, reference, ref_logps):
         raise ValueError(f"{name}: found shape {list(value.shape)}, expected {last} of at least 1.")
     check_indices("labels", labels, value.shape[:2])
     check_same("labels", labels, name, value)
+    _check_labelled(labels)
     if reference is not None and ref_logps is not None:
         raise ValueError(f"{ref_name} and ref_logps: found both, expected one, or none for a reference-free loss.")
     if reference is not None:
@@ -39,6 +40,21 @@ def _check_pairs(name, value, last, labels, ref_name, reference, ref_logps):
     if ref_logps is not None:
         check_tensor("ref_logps", ref_logps, (len(value),))
         check_device("ref_logps", ref_logps, name, value)
+
+
+def _check_labelled(labels):
+    """Raise where a sequence has no label that is predicted: its log-prob would be 0, and its pair's loss of nothing.
+
+    Looks at the data: not on a GPU, which would have to be waited for, nor where torch.compile traces.
+    """
+    if labels.is_cuda or torch.compiler.is_compiling():
+        return
+    empty = (labels[:, 1:] == IGNORE_INDEX).all(1).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(
+            f"labels: found none but {IGNORE_INDEX} after position 0 in sequence {', '.join(map(str, empty[:8]))} of "
+            f"{len(labels)}, expected a response token in each; drop these pairs."
+        )
 
 
 def _shifted(labels):

@@ -21,8 +21,7 @@ def structured(messages: str | Sequence[Mapping], name: str, *, num_images: int 
         num_images: images that the first user turn shows before its text where that is a plain string.
 
     Raises:
-        ValueError: no messages, an unknown role, a part that is neither text nor an image, or a message that says
-            nothing.
+        ValueError: no messages, an unknown role, or a part that is neither text nor an image.
 
     Example:
         >>> structured("What is this?", "prompt", num_images=1)
@@ -47,28 +46,29 @@ def structured(messages: str | Sequence[Mapping], name: str, *, num_images: int 
             content = [*images, {"type": "text", "text": content}]
         if not isinstance(content, list | tuple):
             raise ValueError(f"{name}: found the content {shorten(content)}, expected a text or a list of parts.")
-        parts = [_part(part, name) for part in content]
-        says = any(part["type"] == "image" or part["text"].strip() for part in parts)
-        if not says and role != "system" and not message.get("tool_calls"):
-            raise ValueError(f"{name}: found an empty message of role {role!r}, expected a text or an image.")
-        result.append({**message, "content": parts})
+        result.append({**message, "content": [_part(part, name) for part in content]})
     return result
 
 
-def check_texts(messages: Messages, name: str, image_token: str | None) -> None:
-    """Refuse text that holds an image's placeholder: a model would look for one image more than there is.
+def check_content(messages: Messages, name: str, image_token: str | None) -> None:
+    """Refuse messages of `structured` that say nothing, or whose text holds an image's placeholder.
+
+    A placeholder in a text has a model look for one image more than there is.
 
     Raises:
-        ValueError: "<image>" or `image_token` in a text.
+        ValueError: an empty message of a user or assistant, "<image>" or `image_token` in a text.
     """
-    texts = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
-    for tag in filter(None, (IMAGE_TAG, image_token)):
-        found = next((text for text in texts if tag in text), None)
-        if found is not None:
-            raise ValueError(
-                f"{name}: found {tag} in the text {shorten(found)}, expected none; an image is a part "
-                "{'type': 'image'} of a message."
-            )
+    for message in messages:
+        texts = [part["text"] for part in message["content"] if part["type"] == "text"]
+        has_image = len(texts) < len(message["content"])
+        if not (has_image or any(map(str.strip, texts)) or message["role"] == "system" or message.get("tool_calls")):
+            raise ValueError(f"{name}: found an empty message of role {message['role']!r}, expected a text.")
+        for tag in filter(None, (IMAGE_TAG, image_token)):
+            if any(tag in text for text in texts):
+                raise ValueError(
+                    f"{name}: found {tag} in the text {shorten(' '.join(texts))}, expected none; an image is a part "
+                    "{'type': 'image'} of a message."
+                )
 
 
 def shorten(value: object) -> str:

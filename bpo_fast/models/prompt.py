@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 
-from bpo_fast.models.conversation import Messages, check_texts, shorten, structured
+from bpo_fast.models.conversation import Messages, check_content, shorten, structured
 
 # What a processor returns beside the model's image inputs.
 _TEXT_KEYS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
@@ -50,10 +50,11 @@ def render(
     messages = structured(prompt, "prompt", num_images=num_images)
     whole = [messages + structured(answer, "answer") for answer in answers]
     image_token = getattr(processor, "image_token", None)
-    check_texts(messages, "prompt", image_token and str(image_token))
+    image_token = None if image_token is None else str(image_token)
+    check_content(messages, "prompt", image_token)
     for conversation in whole:
         answer = conversation[len(messages) :]
-        check_texts(answer, "answer", image_token and str(image_token))
+        check_content(answer, "answer", image_token)
         if answer[0]["role"] != "assistant" or _slots(answer):
             raise ValueError(f"answer: found {shorten(answer)}, expected the assistant's, in text alone.")
     if _slots(messages) != num_images:

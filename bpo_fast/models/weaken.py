@@ -15,7 +15,9 @@ from torch import nn
 
 from bpo_fast.models.families import PROJECTORS
 from bpo_fast.models.load import base_model
+from bpo_fast.ops.checks import INTEGER_DTYPES, check_indices, is_int
 from bpo_fast.ops.noise.add import add_noise
+from bpo_fast.ops.noise.operands import as_sample_ids
 from bpo_fast.ops.noise.schedule import NoiseSchedule
 
 SCHEDULES = ("sigmoid", "linear", "cosine")
@@ -50,12 +52,13 @@ def weaken(
             tower's input [B, 3, height, width]; or "projected", the projector's output [B, tokens, width].
         schedule: "sigmoid" (the paper's), "linear", "cosine", or a schedule of your own.
         seed: seed of the noise.
-        sample_ids: int64 [B], ids of the images of every forward pass in the block; an image's noise depends on
-            (seed, its id) alone. By default 0 .. B - 1.
+        sample_ids: int64 [B] or a list of ints, ids of the images of every forward pass in the block; an image's noise
+            depends on (seed, its id) alone. By default 0 .. B - 1.
 
     Raises:
-        ValueError: unknown target or schedule, a model without such a module, or one whose feature maps are not one an
-            image.
+        TypeError: a step or ids that are not whole numbers.
+        ValueError: unknown target or schedule, ids that are not one row of numbers of 64 bits, a model without such a
+            module, or one whose feature maps are not one an image.
 
     Example (with `model` and `inputs` of a LLaVA):
 
@@ -68,8 +71,12 @@ def weaken(
     if step is None:
         yield
         return
+    if not is_int(step):
+        check_indices("step", step, ("B",), dtypes=INTEGER_DTYPES, otherwise="an int")
+    sample_ids = as_sample_ids(sample_ids)
     if sample_ids is not None:
-        sample_ids = torch.as_tensor(sample_ids, dtype=torch.int64)
+        check_indices("sample_ids", sample_ids, ("B",), dtypes=INTEGER_DTYPES, otherwise="a list of ints")
+        sample_ids = sample_ids.to(torch.int64)
 
     def noisy(x):
         if sample_ids is not None and x.shape[0] != len(sample_ids):

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from bpo_fast.runs.text import shown
+
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[TextIO]:
@@ -48,28 +50,83 @@ def write_jsonl(path: str | os.PathLike, records: Iterable[dict]) -> None:
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """Read a JSON file, or a JSON-lines file (`.jsonl`) as a list.
+    """Read a JSON file, or JSON lines as a list: a `.jsonl` file, or one of another name that holds several values.
+
+    The text is UTF-8, UTF-16 or UTF-32, with or without a byte-order mark.
 
     Raises:
         FileNotFoundError: `path` is not a file.
-        ValueError: it is not UTF-8 or not valid JSON; the sentence gives line and column.
+        ValueError: it cannot be decoded, is not valid JSON (the sentence gives line and column), is nested too deeply, or
+            an object in it has a key twice.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: found no such file, expected a JSON file.")
+    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
+        found = "a folder" if os.path.isdir(path) else "no such file"
+        raise FileNotFoundError(f"{path}: found {found}, expected a JSON file.")
     try:
-        text = path.read_text(encoding="utf-8")
+        data = path.read_bytes()
+        text = data.decode(json.detect_encoding(data))
+    except OSError as error:
+        raise OSError(f"{path}: found a file that cannot be read ({error.strerror}), expected a JSON file.") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: found byte {error.start} that cannot be decoded, expected UTF-8 text.") from None
-    if path.suffix != ".jsonl":
-        return _parse_json(text, path)
-    lines = text.split("\n")
-    return [_parse_json(line, path, first_line=number) for number, line in enumerate(lines, start=1) if line.strip()]
-
-
-def _parse_json(text, path, first_line=1):
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path}: found byte {error.start}, in line {line}, that cannot be decoded, expected UTF-8 text."
+        ) from None
+    if path.suffix == ".jsonl":
+        return _read_lines(text, path)
+    if not text.strip():
+        raise ValueError(f"{path}: found an empty file, expected JSON.")
     try:
-        return json.loads(text)
+        return _parse(text, path)
+    except _Fault as fault:
+        first, _, rest = text.lstrip().partition("\n")
+        if first.startswith("{") and rest.strip() and _is_json(first):
+            return _read_lines(text, path)
+        raise ValueError(str(fault)) from None
+
+
+class _Fault(ValueError):
+    pass
+
+
+def _read_lines(text, path):
+    lines = text.split("\n")
+    try:
+        values = [_parse(line, path, number) for number, line in enumerate(lines, start=1) if line.strip()]
+    except _Fault as fault:
+        # A JSON list over several lines may be called .jsonl all the same.
+        if text.lstrip().startswith("[") and _is_json(text):
+            return _parse(text, path)
+        raise ValueError(str(fault)) from None
+    return values[0] if len(values) == 1 and isinstance(values[0], list) else values
+
+
+def _is_json(text):
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _parse(text, path, line=None):
+    """The value in the text, which is one line of a file where `line` says so."""
+    try:
+        return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
-        where = f"line {first_line + error.lineno - 1}, column {error.colno}"
-        raise ValueError(f"{path}: found an error at {where} ({error.msg}), expected valid JSON.") from None
+        where = f"line {line or error.lineno}, column {error.colno}"
+        raise _Fault(f"{path}: found an error at {where} ({error.msg}), expected valid JSON.") from None
+    # A key twice, a number of thousands of digits, brackets within brackets without end.
+    except (ValueError, RecursionError) as error:
+        where = f" in line {line}" if line else ""
+        raise _Fault(f"{path}: found an error{where} ({error}), expected valid JSON.") from None
+
+
+def _object(pairs):
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {shown(twice)} is there twice in {shown(value)}")
+    return value

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from datasets import Dataset, DatasetDict, IterableDataset
 from PIL import Image
@@ -93,7 +94,7 @@ def check_pairs(
         collator: of the training.
         cache_file: JSON file that keeps the outcome, so that examples are tried once: a later call with the same
             examples (by their text and the size and time of their image files), processor and lengths reads it, one
-            that was killed goes on. A file of anything else is written anew.
+            that was killed goes on. A file of anything else is written anew. Not used for a data set of your own class.
         num_workers: processes; by default one a core, and none but this for a small data set.
         strict: raise for the first bad examples instead of listing them.
         desc: label of the progress bar.
@@ -111,15 +112,16 @@ def check_pairs(
     """
     check_columns("dataset", dataset, collator.responses)
     total = len(dataset)
+    if not isinstance(dataset, Dataset | list):
+        cache_file = None  # what its rows hold is known by reading them, which is what the file would save
     known = None if cache_file is None else _fingerprint(dataset, collator)
     checked, bad = _cached(cache_file, known)
     if checked < total:
         if num_workers is None:
-            num_workers = min(len(os.sched_getaffinity(0)), 16) if total - checked >= _FEW else 0
-        for number, reason in enumerate(_reasons(dataset, collator, checked, num_workers, desc), start=checked):
-            if reason is not None:
-                bad.append(BadPair(number, _id_of(dataset, number), reason))
-            done = number + 1
+            num_workers = min(os.cpu_count() or 1, 16) if total - checked >= _FEW else 0
+        for done, fault in enumerate(_tried(dataset, collator, checked, num_workers, desc), start=checked + 1):
+            if fault is not None:
+                bad.append(fault)
             if cache_file is not None and (done == total or done % _BETWEEN_WRITES == 0):
                 write_json(cache_file, {"fingerprint": known, "checked": done, "bad": list(map(asdict, bad))})
     if bad and (strict or len(bad) == total):
@@ -132,40 +134,45 @@ def check_pairs(
 
 
 class _Tried:
-    """Example number -> why it cannot be trained on, or None. What the worker processes run."""
+    """Example number -> what is wrong with it, or None. What the worker processes run."""
 
     def __init__(self, dataset, collator):
         self.dataset, self.collator = dataset, collator
 
-    def __getitem__(self, number: int) -> str | None:
+    def __getitem__(self, number: int) -> BadPair | None:
+        example, reason = None, None
+        # Decoders, templates and processors report what is wrong with one example by nearly any error.
         try:
             example = self.dataset[number]
-        # Decoders and processors report what is wrong with one example by nearly any error.
-        except Exception as error:
-            return _image_fault(self.dataset, number) or _sentence(error)
-        try:
             self.collator([example])
         except Exception as error:
-            return _sentence(error)
-        return None
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            reason = printable(f"{kind}{error}")[:1000]
+        if reason is None:
+            return None
+        if example is None and isinstance(self.dataset, Dataset):
+            reason = _image_fault(self.dataset, number) or reason
+            example = self.dataset.select_columns([n for n in ("id",) if n in self.dataset.column_names])[number]
+        found = example.get("id") if isinstance(example, dict) else None
+        return BadPair(number, None if found is None else printable(str(found)), reason)
 
 
-def _reasons(dataset, collator, start: int, num_workers: int, desc: str) -> Iterator[str | None]:
+def _tried(dataset, collator, start: int, num_workers: int, desc: str) -> Iterator[BadPair | None]:
     """What `_Tried` says of each example from `start` on, in order."""
     total = len(dataset)
     workers = {"num_workers": num_workers, "prefetch_factor": 4} if num_workers else {}
     batches = DataLoader(
-        _Tried(dataset, collator), batch_size=16, sampler=range(start, total), collate_fn=list, **workers
+        _Tried(dataset, collator),
+        batch_size=16,
+        sampler=range(start, total),
+        collate_fn=list,
+        generator=torch.Generator(),  # not the global one: training's random numbers must not depend on this
+        **workers,
     )
     with tqdm(total=total, initial=start, unit="pair", desc=desc) as progress:
-        for reasons in batches:
-            yield from reasons
-            progress.update(len(reasons))
-
-
-def _sentence(error: Exception) -> str:
-    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-    return printable(f"{kind}{error}")[:1000]
+        for tried in batches:
+            yield from tried
+            progress.update(len(tried))
 
 
 def _image_fault(dataset, number: int) -> str | None:
@@ -178,15 +185,6 @@ def _image_fault(dataset, number: int) -> str | None:
     except ValueError as error:
         return printable(str(error))
     return None
-
-
-def _id_of(dataset, number: int) -> str | None:
-    if isinstance(dataset, Dataset):
-        found = dataset.select_columns("id")[number]["id"] if "id" in dataset.column_names else None
-    else:
-        example = dataset[number]
-        found = example.get("id") if isinstance(example, dict) else None
-    return None if found is None else printable(str(found))
 
 
 def _cached(cache_file, known: str | None) -> tuple[int, list[BadPair]]:
@@ -209,8 +207,7 @@ def _fingerprint(dataset, collator: PreferenceCollator) -> str:
 
     def values():
         yield settings
-        rows = _raw_rows(dataset) if isinstance(dataset, Dataset) else (dataset[number] for number in range(len(dataset)))
-        for row in rows:
+        for row in _raw_rows(dataset) if isinstance(dataset, Dataset) else dataset:
             yield [[name, _plain(row.get(name))] for name in COLUMNS] if isinstance(row, dict) else repr(row)
 
     return fingerprint(values())
@@ -255,7 +252,10 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Image.Image):
         if path := getattr(value, "filename", ""):
             return [str(path), _size_and_time(path)]
-        return [value.mode, value.size, fingerprint([value.tobytes().hex()])]
+        try:
+            return [value.mode, value.size, fingerprint([value.tobytes().hex()])]
+        except (OSError, SyntaxError, ValueError):
+            return [value.mode, value.size]  # an image that cannot be decoded, whatever else it holds
     return value if value is None or isinstance(value, str | int | float) else repr(value)
 
 

@@ -110,9 +110,7 @@ class PreferenceCollator:
                 raise ValueError(f"example: found no '{name}', expected prompt, {', '.join(self.responses)}.")
         answers = [example[name] for name in self.responses]
         options = _template_options(example)
-        return render(
-            self.processor, example["prompt"], answers, num_images=num_images, template_options=options
-        )
+        return render(self.processor, example["prompt"], answers, num_images=num_images, template_options=options)
 
     def _branches(self, prompt_ids: list[int], prompt: str, answers: list[str]) -> list[list[int]]:
         branches = [self._answer_ids(prompt_ids, prompt, answer) for answer in answers]

@@ -1,10 +1,20 @@
 """add_noise: a diffusion forward step in one pass, the same bits on every device, in every batch and in any order."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from bpo_fast.ops.noise.launch import DEVICES, check_samples_apart, launch_samples, overlap
-from bpo_fast.ops.noise.operands import check_out, check_stream, check_values, save_scales, scales_of, signal_scales
+from bpo_fast.ops.noise.operands import (
+    as_sample_ids,
+    check_out,
+    check_stream,
+    check_values,
+    save_scales,
+    scales_of,
+    signal_scales,
+)
 from bpo_fast.ops.noise.schedule import NoiseSchedule
 
 
@@ -14,7 +24,7 @@ def add_noise(
     *,
     schedule: NoiseSchedule,
     seed: int,
-    sample_ids: Tensor | None = None,
+    sample_ids: Tensor | Sequence[int] | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """x * sqrt(abar_t) + eps * sqrt(1 - abar_t), the image-weakening step of BPO (arXiv 2403.08730).
@@ -34,7 +44,7 @@ def add_noise(
             GPU to check its range; an int never does.
         schedule: what each step keeps of x.
         seed: any signed 64-bit integer.
-        sample_ids: int64 [B], the id of each sample's noise; default 0 .. B - 1.
+        sample_ids: int64 [B] or a list of ints, the id of each sample's noise; default 0 .. B - 1.
         out: where to write, of x's shape, dtype and device; may be x itself.
 
     Returns:
@@ -53,6 +63,7 @@ def add_noise(
         True
     """
     check_values("x", x, ("B", "..."))
+    sample_ids = as_sample_ids(sample_ids)
     check_stream(x.shape[0], schedule, seed, sample_ids)
     scales, steps = scales_of(step, x.shape[0], schedule, x.device)
     if out is None:

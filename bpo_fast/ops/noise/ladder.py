@@ -7,7 +7,14 @@ from torch import Tensor
 
 from bpo_fast.ops.checks import INTEGER_DTYPES, check_indices, is_int
 from bpo_fast.ops.noise.launch import DEVICES, check_samples_apart, launch_samples, overlap
-from bpo_fast.ops.noise.operands import check_out, check_stream, check_values, save_scales, signal_scales
+from bpo_fast.ops.noise.operands import (
+    as_sample_ids,
+    check_out,
+    check_stream,
+    check_values,
+    save_scales,
+    signal_scales,
+)
 from bpo_fast.ops.noise.schedule import NoiseSchedule
 
 
@@ -17,7 +24,7 @@ def add_noise_ladder(
     *,
     schedule: NoiseSchedule,
     seed: int,
-    sample_ids: Tensor | None = None,
+    sample_ids: Tensor | Sequence[int] | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """`add_noise(x, t, ...)` for every t of `steps`, bit for bit, in one pass: x is read once and eps made once.
@@ -33,7 +40,7 @@ def add_noise_ladder(
             steps waits for the GPU to check its range.
         schedule: what each step keeps of x.
         seed: any signed 64-bit integer.
-        sample_ids: int64 [B], the id of each sample's noise; default 0 .. B - 1.
+        sample_ids: int64 [B] or a list of ints, the id of each sample's noise; default 0 .. B - 1.
         out: [K, B, ...] of x's dtype and device, where to write; shares no memory with x.
 
     Returns:
@@ -51,6 +58,7 @@ def add_noise_ladder(
         torch.Size([3, 4, 3])
     """
     check_values("x", x, ("B", "..."))
+    sample_ids = as_sample_ids(sample_ids)
     check_stream(x.shape[0], schedule, seed, sample_ids)
     if isinstance(steps, Sequence) and all(is_int(step) for step in steps):
         steps = torch.tensor([schedule.checked_step(step, "steps") for step in steps], dtype=torch.int64)

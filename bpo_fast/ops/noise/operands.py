@@ -33,6 +33,20 @@ def check_out(out: Tensor, x: Tensor, shape: Sequence[int]) -> None:
     check_no_grad(x, out)
 
 
+def as_sample_ids(sample_ids: Tensor | Sequence[int] | None) -> Tensor | None:
+    """A list of ints as int64 [B]; anything else as it is, for `check_stream` to see.
+
+    Raises:
+        ValueError: an id is not a number of 64 bits.
+    """
+    if not isinstance(sample_ids, list | tuple) or not all(map(is_int, sample_ids)):
+        return sample_ids
+    for number in sample_ids:
+        if not -(2**63) <= number < 2**63:
+            raise ValueError(f"sample_ids: found {number}, expected -2**63 to 2**63 - 1.")
+    return torch.tensor(sample_ids, dtype=torch.int64)
+
+
 def check_stream(samples: int, schedule: NoiseSchedule, seed: int, sample_ids: Tensor | None) -> None:
     """Raise unless `samples` samples can be noised with this schedule, seed and these ids."""
     if not isinstance(schedule, NoiseSchedule):
@@ -44,7 +58,7 @@ def check_stream(samples: int, schedule: NoiseSchedule, seed: int, sample_ids: T
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed: found {seed}, expected -2**63 to 2**63 - 1.")
     if sample_ids is not None:
-        check_indices("sample_ids", sample_ids, (samples,), dtypes=(torch.int64,))
+        check_indices("sample_ids", sample_ids, (samples,), dtypes=(torch.int64,), otherwise="a list of ints")
 
 
 def scales_of(

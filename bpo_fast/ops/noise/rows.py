@@ -1,11 +1,13 @@
 """add_noise_rows: cached image features, noised or clean, cast and written into rows of a packed sequence."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from bpo_fast.ops.checks import INTEGER_DTYPES, check_device, check_indices, check_ranges, is_int
 from bpo_fast.ops.noise.launch import DEVICES, dense, launch, overlap
-from bpo_fast.ops.noise.operands import check_no_grad, check_stream, check_values, scales_of
+from bpo_fast.ops.noise.operands import as_sample_ids, check_no_grad, check_stream, check_values, scales_of
 from bpo_fast.ops.noise.schedule import NoiseSchedule
 
 # The step that adds nothing: features are cast and written as they are.
@@ -23,7 +25,7 @@ def add_noise_rows(
     schedule: NoiseSchedule | None = None,
     seed: int = 0,
     source: Tensor | None = None,
-    sample_ids: Tensor | None = None,
+    sample_ids: Tensor | Sequence[int] | None = None,
 ) -> Tensor:
     """Write images of a feature cache, noised or clean, into the rows of their image tokens, in one pass.
 
@@ -50,7 +52,7 @@ def add_noise_rows(
         schedule: what each step keeps of x; not needed where step is CLEAN.
         seed: any signed 64-bit integer.
         source: integer tensor [B], the image to read for each sample, repeats allowed; default 0 .. N - 1.
-        sample_ids: int64 [B], the id of each sample's noise; default `source`, so that an image has the same noise in
+        sample_ids: int64 [B] or a list of ints, the id of each sample's noise; default `source`, so that an image has the same noise in
             any batch.
 
     Returns:
@@ -84,6 +86,7 @@ def add_noise_rows(
     if is_int(step) and step == CLEAN:
         step = torch.full((samples,), CLEAN)
         schedule = _NO_NOISE if schedule is None else schedule
+    sample_ids = as_sample_ids(sample_ids)
     check_stream(samples, schedule, seed, sample_ids)
     scales, steps = scales_of(step, samples, schedule, x.device)
     ids = source if sample_ids is None else sample_ids
