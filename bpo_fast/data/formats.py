@@ -14,7 +14,7 @@ from itertools import product
 from typing import Any
 
 from bpo_fast.models.conversation import structured
-from bpo_fast.runs.text import is_text, shown
+from bpo_fast.runs.text import is_text, printable, shown
 
 
 def preference_row(image: str, question: str, chosen: str, rejected: str, **extra: Any) -> dict:
@@ -74,7 +74,8 @@ def to_pairs(record: dict, number: int) -> list[dict]:
                 parts = ", ".join(sorted(keys))
                 raise ValueError(f"found {parts} with a fault inside ({error!r}), expected those of {name}") from None
     known = ", ".join(dict.fromkeys(name for name, _, _ in _FORMATS))
-    raise ValueError(f"found the keys {shown(list(record))}, expected those of a known format ({known})")
+    keys = printable(", ".join(map(str, record)))[:120]
+    raise ValueError(f"found the keys {keys}, expected those of a known format ({known})")
 
 
 def _from_trl(record, record_id):

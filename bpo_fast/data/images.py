@@ -94,7 +94,7 @@ def _scaled(values, greatest):
     if not np.isfinite(values).all():
         raise ValueError("a pixel that is not a finite number")
     low, high = values.min(), values.max()
-    fitting = [limit for limit in greatest if 0 <= low and high <= limit]
+    fitting = [limit for limit in greatest if low >= 0 and high <= limit]
     return values * (255 / fitting[0]) if fitting else (values - low) * (255 / ((high - low) or 1))
 
 

@@ -74,7 +74,8 @@ def check_objects(objects: Sequence[Collection[str]], synonyms: Mapping[str, Col
         for item in names:
             if not isinstance(item, str) or item not in synonyms:
                 raise ValueError(
-                    f"objects, record {number}: found {item!r:.80}, expected objects of the synonym table; add it there."
+                    f"objects, record {number}: found {item!r:.80}, expected objects of the synonym table; add it "
+                    "there."
                 )
 
 

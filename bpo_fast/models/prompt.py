@@ -114,8 +114,8 @@ def _templated(processor, messages, **options):
     # A template's own refusal, or an operation in it that a value does not fit.
     except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
-            f"chat template: found a conversation that it cannot render ({error}), {shorten(messages)}, expected one of "
-            "the model's form."
+            f"chat template: found a conversation that it cannot render ({error}), {shorten(messages)}, expected one "
+            "of the model's form."
         ) from None
 
 

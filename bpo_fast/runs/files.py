@@ -56,8 +56,8 @@ def read_json(path: str | os.PathLike) -> Any:
 
     Raises:
         FileNotFoundError: `path` is not a file.
-        ValueError: it cannot be decoded, is not valid JSON (the sentence gives line and column), is nested too deeply, or
-            an object in it has a key twice.
+        ValueError: it cannot be decoded, is not valid JSON (the sentence gives line and column), is nested too
+            deeply, or an object in it has a key twice.
     """
     path = Path(path)
     if not os.path.isfile(path):  # Path.is_file raises for a name that is too long

@@ -1,4 +1,4 @@
-"""Every example of a data set tried before the first training step: what cannot be trained on is known before it costs.
+"""Every example of a data set tried before the first training step, so that none of them ends a run later.
 
 An example is tried by the collator itself, alone, so that what passes here is what is trained on.
 """
@@ -94,7 +94,8 @@ def check_pairs(
         collator: of the training.
         cache_file: JSON file that keeps the outcome, so that examples are tried once: a later call with the same
             examples (by their text and the size and time of their image files), processor and lengths reads it, one
-            that was killed goes on. A file of anything else is written anew. Not used for a data set of your own class.
+            that was killed goes on. A file of anything else is written anew. Not used for a data set of your own
+            class.
         num_workers: processes; by default one a core, and none but this for a small data set.
         strict: raise for the first bad examples instead of listing them.
         desc: label of the progress bar.
@@ -188,7 +189,7 @@ def _image_fault(dataset, number: int) -> str | None:
 
 
 def _cached(cache_file, known: str | None) -> tuple[int, list[BadPair]]:
-    """Number of examples that `cache_file` knows of, and the bad ones of those; nothing of a file that does not fit."""
+    """Number of examples that `cache_file` knows of, and the bad ones of those; none for a file that does not fit."""
     if cache_file is None or not Path(cache_file).is_file():
         return 0, []
     try:

@@ -80,9 +80,9 @@ class PreferenceCollator:
             {"sequences": [...]}: as many packed sequences as the token budget asks for.
 
         Raises:
-            ValueError: an example that cannot be trained on: a column is missing or of the wrong form, the conversation
-                cannot be rendered (see `models.prompt.render`), the prompt fills `max_length`, a response has no
-                tokens, or chosen and rejected have the same.
+            ValueError: an example that cannot be trained on: a column is missing or of the wrong form, the
+                conversation cannot be rendered (see `models.prompt.render`), the prompt fills `max_length`, a response
+                has no tokens, or chosen and rejected have the same.
         """
         images = [_images(example) for example in examples]
         rendered = [self._render(example, len(shown)) for example, shown in zip(examples, images, strict=True)]

@@ -17,13 +17,15 @@ def turns(answer):
     "record",
     [
         EXPECTED,
+        {"images": ["1.png"], "prompt": "What?", "chosen": "good", "rejected": "bad", "id": "7"},
         {"image": "1.png", **TEXTS, "id": 7},
+        {"image": "1.png", **TEXTS, "id": None},
         {"image": "1.png", **TEXTS, "idx": 7, "origin_dataset": "x"},
         {"image_path": "1.png", "text": json.dumps(TEXTS), "idx": 7},
         {"image": "1.png", "text": json.dumps(TEXTS), "idx": 7},
         {"id": 7, "image": "1.png", "conversations": turns("good"), "rejected_conversations": turns("bad")},
     ],
-    ids=["trl", "rlaif-v", "rlaif-v-idx", "rlhf-v", "rlhf-v-image", "povid"],
+    ids=["trl", "trl-plain", "rlaif-v", "rlaif-v-null", "rlaif-v-idx", "rlhf-v", "rlhf-v-image", "povid"],
 )
 def test_one_pair_a_record(record):
     assert to_pairs(record, 7) == [EXPECTED]
@@ -52,6 +54,17 @@ def test_bpo_gives_a_pair_for_each_two_unequal_scores():
             r"found the keys image, answer, expected those of a known format \(.*TRL, BPO, RLAIF-V, POVID, RLHF-V",
         ),
         (dict.fromkeys(COLUMNS, "x"), "found images 'x', expected a list of paths"),
+        ({"image": None, **TEXTS}, "found the image None, expected a path"),
+        ({"image": ["1.png"], **TEXTS}, r"found the image \['1.png'\], expected a path"),
+        ({"image": "1.png", **TEXTS, "chosen": None}, "found the text None, expected one that a file takes"),
+        (
+            {"image": "1.png", **TEXTS, "question": None},
+            r"with a fault inside \(AttributeError.*, expected those of RLA",
+        ),
+        (
+            {"image": "1.png", **TEXTS, "rejected": "half \ud83d"},
+            r"found the text 'half \\ud83d', expected one that a",
+        ),
         ({"image": "1.png", "text": "{"}, r"found image, text with a fault inside \(JSONDecodeError.* of RLHF-V"),
         (
             {"image": "1.png", "text": "{}"},

@@ -50,7 +50,7 @@ def test_other_places_to_load_from(pairs, tmp_path):
     expected = load_preference_dataset(pairs)
     moved = (tmp_path / "images").rename(tmp_path / "moved")
     with pytest.raises(
-        FileNotFoundError, match=r"pairs\.jsonl: found 2 paths without an image, the first is .*0\.png, expected"
+        FileNotFoundError, match=r"pairs\.jsonl: found none of its 2 images, the first is .*0\.png, expected them"
     ):
         load_preference_dataset(pairs)
     from_file = load_preference_dataset(pairs / "pairs.jsonl", image_folder=moved)
@@ -71,6 +71,50 @@ def test_loads_a_published_format(tmp_path):
     assert dataset.column_names == ["images", "prompt", "chosen", "rejected", "id"]
     assert dataset["id"] == ["0", "1"]
     assert dataset[0]["images"][0].size == (2, 2)
+
+
+def test_plain_strings_are_messages_of_one(pairs):
+    expected = load_preference_dataset(pairs)
+    plain = [
+        {
+            "images": [f"{n}.png"],
+            "prompt": f"q{n}",
+            "chosen": f"good {n}",
+            "rejected": f"bad {n}",
+            "id": str(n),
+            "score": n,
+        }
+        for n in range(2)
+    ]
+    plain[1]["prompt"] = [{"role": "user", "content": "q1"}]
+    write_pairs(pairs / "pairs.jsonl", plain)
+    found = load_preference_dataset(pairs)
+    for name in ("prompt", "chosen", "rejected", "id"):
+        assert found[name][:] == expected[name][:]
+
+
+def test_an_image_may_be_missing_as_long_as_there_is_one(pairs, tmp_path):
+    (tmp_path / "images" / "0.png").unlink()
+    dataset = load_preference_dataset(pairs)
+    assert dataset[1]["images"][0].size == (3, 2)
+    with pytest.raises(ValueError, match=r"0\.png: found no such file, expected an image"):
+        dataset[0]
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"image_folder": null}', '{"image_folder": 3}'])
+def test_metadata_without_an_image_folder_is_named(pairs, tmp_path, content):
+    (pairs / "metadata.json").write_text(content)
+    with pytest.raises(
+        ValueError, match=r"metadata\.json: found no image_folder, expected that of the pairs; give one"
+    ):
+        load_preference_dataset(pairs)
+    assert len(load_preference_dataset(pairs, image_folder=tmp_path / "images")) == 2
+
+
+def test_damaged_metadata_is_named(pairs):
+    (pairs / "metadata.json").write_text('{"image_folder": ')
+    with pytest.raises(ValueError, match=r"metadata\.json: found an error at line 1, column 18"):
+        load_preference_dataset(pairs)
 
 
 def test_fingerprint_tells_pairs_apart(pairs):
@@ -98,9 +142,30 @@ def test_what_is_not_a_set_of_pairs(pairs, tmp_path):
             "record 1: found images '1.png', expected a list of paths",
         ),
         (
-            json.dumps(json.loads(lines[1]) | {"prompt": "q"}),
-            "found a value that is not of its column's type .*, expected prompt, chosen",
+            json.dumps(json.loads(lines[1]) | {"images": ["../outside.png"]}),
+            r"pairs.jsonl, pair 1: image '../outside.png': found a path that leaves the image folder '.*images'",
         ),
+        (
+            json.dumps(json.loads(lines[1]) | {"images": ["nul\0.png"]}),
+            r"pairs.jsonl, pair 1: image: found 'nul\\x00.png', a path that no file can have",
+        ),
+        (
+            json.dumps(json.loads(lines[1]) | {"prompt": [{"role": "human", "content": "q"}]}),
+            "record 1: prompt: found a message of role 'human', expected one of system, user, assistant, tool",
+        ),
+        (
+            json.dumps(json.loads(lines[1]) | {"chosen": None}),
+            "record 1: chosen: found None, expected a text or a list of messages",
+        ),
+        (
+            json.dumps(json.loads(lines[1]) | {"chosen": "half \ud83d"}),
+            r"record 1: found the text 'half \\ud83d', expected one that a file takes",
+        ),
+        (
+            json.dumps(json.loads(lines[1]) | {"id": "half \ud83d"}),
+            "found a value that is not of its column's type .*surrogates not allowed",
+        ),
+        (json.dumps(json.loads(lines[1]) | {"score": 2**70}), "found a value that is not of its column's type"),
         (
             json.dumps(json.loads(lines[1]) | {"score": "high"}),
             "found a value that is not of its column's type .*, expected prompt, chosen",

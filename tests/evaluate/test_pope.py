@@ -40,6 +40,11 @@ def test_yes_ratio_is_of_the_answers_not_the_labels():
     assert score_pope(["Yes."] * 4, ["no"] * 3 + ["yes"])["yes_ratio"] == 1
 
 
+def test_labels_are_read_in_whatever_case():
+    answers = ["Yes.", "Yes.", "No.", "No."]
+    assert score_pope(answers, ["Yes", " NO", "YES ", "no"]) == score_pope(answers, ["yes", "no", "yes", "no"])
+
+
 def test_a_ratio_over_nothing_is_zero():
     score = score_pope(["No."], ["no"])
     assert (score["precision"], score["recall"], score["f1"], score["accuracy"]) == (0, 0, 0, 1)
@@ -50,7 +55,8 @@ def test_a_ratio_over_nothing_is_zero():
     [
         (["Yes."], [], "labels: found 0 for 1 answers"),
         ([], [], "answers: found none"),
-        (["Yes.", "No."], ["yes", "No"], "labels, record 1: found 'No', expected 'yes' or 'no'"),
+        (["Yes.", "No."], ["yes", "none"], "labels, record 1: found 'none', expected 'yes' or 'no'"),
+        (["Yes."], [True], "labels, record 0: found True, expected 'yes' or 'no'"),
     ],
 )
 def test_mistakes_are_one_sentence(answers, labels, sentence):

@@ -138,7 +138,7 @@ def test_output_of_another_run_is_refused(tiny_llava, questions, tmp_path):
         (
             {"objects": ["elk"]},
             {"kind": "chair", "synonyms": TABLE},
-            "objects: found 'elk', expected objects of the synonym table",
+            "objects, record 1: found 'elk', expected objects of the synonym table",
         ),
         ({}, {"kind": "chair", "synonyms": {}}, "synonyms: found {}, expected a table"),
         ({"label": "maybe"}, {"kind": "pope"}, "labels, record 1: found 'maybe', expected 'yes' or 'no'"),
@@ -158,7 +158,7 @@ def test_mistakes_are_one_sentence(change, options, sentence, tiny_llava, questi
 @pytest.mark.parametrize(
     ("change", "options", "sentence"),
     [
-        ({"objects": ["elk"]}, {"kind": "chair", "synonyms": TABLE}, "objects: found 'elk'"),
+        ({"objects": ["elk"]}, {"kind": "chair", "synonyms": TABLE}, "objects, record 1: found 'elk'"),
         ({"label": "maybe"}, {"kind": "pope"}, "labels, record 1: found 'maybe'"),
     ],
 )

@@ -103,6 +103,37 @@ def test_hooks_are_gone_after_an_error(tiny_llava, inputs):
     assert torch.equal(model(**inputs).logits, clean)
 
 
+@torch.no_grad()
+def test_ids_are_a_list_or_a_tensor_of_whole_numbers(tiny_llava, inputs):
+    model, _ = tiny_llava
+    outputs = []
+    for ids in (IDS, tuple(IDS), torch.tensor(IDS), torch.tensor(IDS, dtype=torch.int32)):
+        with weaken(model, STEP, sample_ids=ids):
+            outputs.append(model(**inputs).logits)
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
+    for ids, error, message in [
+        ([1.5, 2.0], TypeError, "sample_ids: found list, expected a list of ints or a tensor .B. of int64"),
+        (
+            torch.tensor([1.0, 2.0]),
+            TypeError,
+            "sample_ids: found float32 .2., expected a list of ints or a tensor .B.",
+        ),
+        ([True, False], TypeError, "sample_ids: found list, expected a list of ints"),
+        ("11", TypeError, "sample_ids: found str, expected a list of ints"),
+        (torch.tensor([[1, 2]]), ValueError, r"sample_ids: found int64 \[1, 2\], expected a list of ints or \[B\]"),
+        ([0, 2**63], ValueError, f"sample_ids: found {2**63}, expected"),
+    ]:
+        with pytest.raises(error, match=message), weaken(model, STEP, sample_ids=ids):
+            pass
+
+
+@pytest.mark.parametrize("step", [True, 0.5, "500", torch.tensor([0.5, 1.0]), torch.tensor([True, False])])
+def test_a_step_that_is_no_whole_number_is_refused(tiny_llava, step):
+    message = r"step: found .*, expected an int or a tensor \[B\] of"
+    with pytest.raises(TypeError, match=message), weaken(tiny_llava[0], step):
+        pass
+
+
 def test_mistakes_are_one_sentence(tiny_llava):
     model, _ = tiny_llava
     for options, message in [

@@ -52,8 +52,8 @@ def add_noise_rows(
         schedule: what each step keeps of x; not needed where step is CLEAN.
         seed: any signed 64-bit integer.
         source: integer tensor [B], the image to read for each sample, repeats allowed; default 0 .. N - 1.
-        sample_ids: int64 [B] or a list of ints, the id of each sample's noise; default `source`, so that an image has the same noise in
-            any batch.
+        sample_ids: int64 [B] or a list of ints, the id of each sample's noise; default `source`, so that an image has
+            the same noise in any batch.
 
     Returns:
         `out`.

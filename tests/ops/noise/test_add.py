@@ -67,6 +67,11 @@ def test_same_bits_in_any_batch_and_order(dtype, samples, n, seed, data):
         assert torch.equal(alone[0], whole[b])
 
 
+def test_sample_ids_may_be_a_list():
+    ids = [5, -1, 2**40]
+    assert torch.equal(eps_of((3, 9), sample_ids=ids), eps_of((3, 9), sample_ids=torch.tensor(ids)))
+
+
 def test_default_sample_ids_are_the_row_numbers():
     assert torch.equal(eps_of((5, 9)), eps_of((5, 9), sample_ids=torch.arange(5)))
 
@@ -238,13 +243,19 @@ REFUSED = [
     ({"schedule": "sigmoid"}, TypeError, "schedule: found str, expected a NoiseSchedule such as"),
     ({"seed": 2**63}, ValueError, f"seed: found {2**63}, expected -2**63 to 2**63 - 1."),
     ({"seed": 1.0}, TypeError, "seed: found float, expected an int."),
-    ({"sample_ids": torch.arange(2)}, ValueError, "sample_ids: found int64 [2], expected [3]."),
+    ({"sample_ids": torch.arange(2)}, ValueError, "sample_ids: found int64 [2], expected a list of ints or [3]."),
     (
         {"sample_ids": torch.arange(3, dtype=torch.int32)},
         TypeError,
-        "sample_ids: found int32 [3], expected a tensor [3] of int64.",
+        "sample_ids: found int32 [3], expected a list of ints or a tensor [3] of int64.",
     ),
-    ({"sample_ids": [0, 1, 2]}, TypeError, "sample_ids: found list, expected a tensor [3] of int64."),
+    ({"sample_ids": [0, 1]}, ValueError, "sample_ids: found int64 [2], expected a list of ints or [3]."),
+    ({"sample_ids": [0, 1, 2**63]}, ValueError, f"sample_ids: found {2**63}, expected -2**63 to 2**63 - 1."),
+    (
+        {"sample_ids": [0, 1, 2.0]},
+        TypeError,
+        "sample_ids: found list, expected a list of ints or a tensor [3] of int64.",
+    ),
     ({"out": torch.empty(3, 9)}, ValueError, "out: found float32 [3, 9], expected [3, 8]."),
     ({"out": torch.empty(3, 8, dtype=torch.bfloat16)}, TypeError, "out: found bfloat16, expected float32 like x;"),
     ({"out": torch.empty(3, 8, device="meta")}, ValueError, "out: found on meta, expected on the CPU or"),

@@ -145,7 +145,7 @@ REFUSED = [
     ({"steps": 7}, TypeError, f"steps: found int, {EXPECTED_STEPS}"),
     ({"schedule": "sigmoid"}, TypeError, "schedule: found str, expected a NoiseSchedule such as"),
     ({"seed": 1.0}, TypeError, "seed: found float, expected an int."),
-    ({"sample_ids": torch.arange(2)}, ValueError, "sample_ids: found int64 [2], expected [3]."),
+    ({"sample_ids": torch.arange(2)}, ValueError, "sample_ids: found int64 [2], expected a list of ints or [3]."),
     ({"out": torch.empty(3, 8)}, ValueError, "out: found float32 [3, 8], expected [2, 3, 8]."),
     ({"out": torch.empty(2, 3, 8, dtype=torch.float16)}, TypeError, "out: found float16, expected float32 like x;"),
     ({"out": torch.empty(2, 8, 3).transpose(1, 2)}, ValueError, "out: found samples with gaps inside"),

@@ -194,7 +194,7 @@ REFUSED = [
     ({"step": 0.5}, TypeError, f"step: found float, expected an int or a tensor [3] of {INTEGERS}."),
     ({"schedule": None}, TypeError, "schedule: found NoneType, expected a NoiseSchedule such as"),
     ({"seed": 2**63}, ValueError, f"seed: found {2**63}, expected -2**63 to 2**63 - 1."),
-    ({"sample_ids": torch.arange(2)}, ValueError, "sample_ids: found int64 [2], expected [3]."),
+    ({"sample_ids": torch.arange(2)}, ValueError, "sample_ids: found int64 [2], expected a list of ints or [3]."),
 ]
 
 
