@@ -152,8 +152,8 @@ class _Tried:
         if reason is None:
             return None
         if example is None and isinstance(self.dataset, Dataset):
-            reason = _image_fault(self.dataset, number) or reason
-            example = self.dataset.select_columns([n for n in ("id",) if n in self.dataset.column_names])[number]
+            example = next(_raw_rows(self.dataset.select([number]), (*COLUMNS, "id")))
+            reason = _image_fault(example) or reason
         found = example.get("id") if isinstance(example, dict) else None
         return BadPair(number, None if found is None else printable(str(found)), reason)
 
@@ -176,15 +176,15 @@ def _tried(dataset, collator, start: int, num_workers: int, desc: str) -> Iterat
             progress.update(len(tried))
 
 
-def _image_fault(dataset, number: int) -> str | None:
-    """What is wrong with the first image file of a row that cannot be read; None if it is nothing of the kind."""
-    if not isinstance(dataset, Dataset):
-        return None
-    try:
-        for path in _image_files(_raw_rows(dataset.select([number]))):
-            read_image(path)
-    except ValueError as error:
-        return printable(str(error))
+def _image_fault(row: dict) -> str | None:
+    """What is wrong with the first bad image file of a raw row; None if they are all well."""
+    images = row.get("images", row.get("image"))
+    for image in images if isinstance(images, list) else [images]:
+        if isinstance(image, dict) and image.get("bytes") is None and image.get("path"):
+            try:
+                read_image(image["path"])
+            except ValueError as error:
+                return printable(str(error))
     return None
 
 
@@ -224,19 +224,11 @@ def _processor_state(processor) -> list[str]:
     return [str(processor), json.dumps(template), json.dumps(words, sort_keys=True)]
 
 
-def _raw_rows(dataset: Dataset) -> Iterator[dict]:
+def _raw_rows(dataset: Dataset, columns: Sequence[str] = COLUMNS) -> Iterator[dict]:
     """The rows with their images as they are kept: {"bytes", "path"}, undecoded."""
-    names = [name for name in COLUMNS if name in dataset.column_names]
+    names = [name for name in columns if name in dataset.column_names]
     for table in dataset.select_columns(names).with_format("arrow").iter(batch_size=1000):
         yield from table.to_pylist()
-
-
-def _image_files(rows: Iterator[dict]) -> Iterator[str]:
-    for row in rows:
-        images = row.get("images", row.get("image"))
-        for image in images if isinstance(images, list) else [images]:
-            if isinstance(image, dict) and image.get("bytes") is None and image.get("path"):
-                yield image["path"]
 
 
 def _plain(value: Any) -> Any:
