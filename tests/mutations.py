@@ -216,7 +216,7 @@ MUTATIONS = [
     Mutation(
         "a check before training that moves its random numbers",
         "bpo_fast/train/check_pairs.py",
-        "        generator=torch.Generator(),  # not the global one: training's random numbers must not depend on this\n",
+        "        generator=torch.Generator(),  # training's own random numbers stay as they are\n",
         "",
         "tests/train/test_check_pairs.py::test_training_draws_the_same_numbers_after_it",
     ),

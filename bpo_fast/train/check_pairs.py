@@ -167,7 +167,7 @@ def _tried(dataset, collator, start: int, num_workers: int, desc: str) -> Iterat
         batch_size=16,
         sampler=range(start, total),
         collate_fn=list,
-        generator=torch.Generator(),  # not the global one: training's random numbers must not depend on this
+        generator=torch.Generator(),  # training's own random numbers stay as they are
         **workers,
     )
     with tqdm(total=total, initial=start, unit="pair", desc=desc) as progress:
