@@ -114,9 +114,11 @@ def read_annotations(
 
 
 def check_response(response: str, max_response_words: int | None) -> None:
-    """Raise ValueError with the reason if `response` is empty or has more words than `max_response_words`."""
+    """Raise ValueError with the reason if `response` is empty, holds an image's tag, or has too many words."""
     if not response.strip():
         raise ValueError("an empty response")
+    if IMAGE_TAG in response:
+        raise ValueError(f"{IMAGE_TAG} in the answer")
     words = len(response.split())
     if max_response_words is not None and words > max_response_words:
         raise ValueError(f"a response of {words} words, over max_response_words={max_response_words}")
@@ -134,8 +136,6 @@ def _parse(record: Any, max_response_words: int | None) -> tuple[str, str, str]:
         raise ValueError("no 'image' path")
     if not question:
         raise ValueError("an empty question")
-    if IMAGE_TAG in answer:
-        raise ValueError(f"{IMAGE_TAG} in the answer")
     check_response(answer, max_response_words)
     if not is_text(question + answer):
         raise ValueError("half a surrogate pair in its text, which no file takes")

@@ -24,6 +24,7 @@ from bpo_fast.data.formats import to_pairs
 from bpo_fast.data.images import image_path, read_image, upright_rgb
 from bpo_fast.runs.files import read_json, write_jsonl
 from bpo_fast.runs.fingerprint import fingerprint
+from bpo_fast.runs.text import shown
 
 PAIRS_FILE = "pairs.jsonl"
 METADATA_FILE = "metadata.json"
@@ -71,10 +72,19 @@ def load_preference_dataset(path: str | os.PathLike, *, image_folder: str | os.P
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"dataset: found nothing at '{path}', expected preference pairs.")
+    if (path / "dataset_dict.json").is_file():
+        raise ValueError(f"dataset: found several splits saved in '{path}', expected one; give the folder of a split.")
     if (path / "dataset_info.json").is_file():
         if image_folder is not None:
             raise ValueError(f"image_folder: found '{image_folder}', expected None for the saved data set '{path}'.")
-        dataset = load_from_disk(str(path))
+        try:
+            dataset = load_from_disk(str(path))
+        # A damaged Arrow or JSON file, or one that lacks.
+        except (OSError, ValueError, TypeError, KeyError, pa.ArrowException) as error:
+            raise ValueError(
+                f"dataset: found a saved data set in '{path}' that cannot be read ({shown(str(error))}), expected a "
+                "whole one; save it again."
+            ) from None
         missing = [name for name in COLUMNS if name not in dataset.column_names]
         if missing:
             raise ValueError(f"{path}: found no column '{missing[0]}', expected {', '.join(COLUMNS)}.")

@@ -14,11 +14,11 @@ def normalise_question(record: Any, number: int) -> dict:
 
     Args:
         record: of the file: in these names, or with `question_id` and `text` as POPE's own files have them. Other
-            fields stay.
+            fields stay. The tag <image>, by which some files mark the image's place, is taken out of the question.
         number: of the record in its file.
 
     Returns:
-        The record under our names, its values as they were.
+        The record under our names, its other values as they were.
 
     Raises:
         ValueError: the record is not an object, or its `id`, `image` or `question` is there and cannot be one.
@@ -33,6 +33,8 @@ def normalise_question(record: Any, number: int) -> dict:
         raise ValueError(f"questions, record {number}: found a {type(record).__name__}, expected an object.")
     renamed = {old: new for old, new in _NAMES.items() if new not in record}
     question = {renamed.get(name, name): value for name, value in record.items()}
+    if isinstance(question.get("question"), str):
+        question["question"] = question["question"].replace("<image>", "", 1).strip()
     for name, wanted in (
         ("id", "a text or a whole number"),
         ("image", "the path of an image"),
@@ -44,4 +46,6 @@ def normalise_question(record: Any, number: int) -> dict:
         whole = name == "id" and isinstance(value, int) and not isinstance(value, bool)
         if not whole and not (is_text(value) and value.strip()):
             raise ValueError(f"questions, record {number}: found {name} {shown(value)}, expected {wanted}.")
+    if "<image>" in question.get("question", ""):
+        raise ValueError(f"questions, record {number}: found several <image> in its question, expected one image.")
     return question

@@ -119,7 +119,8 @@ def check_pairs(
     checked, bad = _cached(cache_file, known)
     if checked < total:
         if num_workers is None:
-            num_workers = min(os.cpu_count() or 1, 16) if total - checked >= _FEW else 0
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            num_workers = min(cores, 16) if total - checked >= _FEW else 0
         for done, fault in enumerate(_tried(dataset, collator, checked, num_workers, desc), start=checked + 1):
             if fault is not None:
                 bad.append(fault)

@@ -117,6 +117,23 @@ def test_damaged_metadata_is_named(pairs):
         load_preference_dataset(pairs)
 
 
+def test_a_damaged_saved_data_set_is_named(pairs, tmp_path):
+    dataset = load_preference_dataset(pairs)
+    for name in ("state.json", "dataset_info.json", "data-00000-of-00001.arrow"):
+        dataset.save_to_disk(str(tmp_path / name))
+        whole = (tmp_path / name / name).read_bytes()
+        for content in (b"", whole[: len(whole) // 2]):
+            (tmp_path / name / name).write_bytes(content)
+            with pytest.raises(
+                ValueError, match=rf"found a saved data set in '.*{name}' that cannot be read \(.*\), exp"
+            ):
+                load_preference_dataset(tmp_path / name)
+    datasets.DatasetDict(train=dataset).save_to_disk(str(tmp_path / "splits"))
+    with pytest.raises(ValueError, match=r"dataset: found several splits saved in '.*splits', expected one; give the"):
+        load_preference_dataset(tmp_path / "splits")
+    assert len(load_preference_dataset(tmp_path / "splits" / "train")) == 2
+
+
 def test_fingerprint_tells_pairs_apart(pairs):
     dataset = load_preference_dataset(pairs)
     assert dataset_fingerprint(dataset) != dataset_fingerprint(dataset.select([1, 0]))
