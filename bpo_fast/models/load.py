@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from jinja2 import TemplateSyntaxError
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 from transformers.utils import find_adapter_config_file, is_bitsandbytes_available
@@ -186,6 +186,13 @@ def _adapter_folder(adapter: str | Path) -> Path:
 
 
 def _with_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
+    with _loading("adapter", folder):
+        config = PeftConfig.from_pretrained(folder)
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"adapter: found {config.peft_type.value} in '{folder}', expected an adapter of weights, e.g. LoRA, since "
+            "images and text are embedded without it here."
+        )
     with _loading("adapter", folder):
         model = PeftModel.from_pretrained(model, folder)
         # PEFT only warns of tensors that it finds no place for, and of places without a tensor.

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from bpo_fast.models.load import load_model, load_processor
 
@@ -63,9 +63,6 @@ def merge_adapter(
 
 
 def _merge(model, adapter):
-    if not isinstance(model.base_model, BaseTuner):
-        kind = next(iter(model.peft_config.values())).peft_type.value
-        raise ValueError(f"adapter: found {kind} in '{adapter}', expected an adapter of weights, e.g. LoRA.")
     base = model.get_base_model()
     tables = base.get_input_embeddings(), base.get_output_embeddings()
     if base.config.get_text_config().tie_word_embeddings and any(isinstance(each, BaseTunerLayer) for each in tables):
@@ -75,7 +72,9 @@ def _merge(model, adapter):
         )
     try:
         return model.merge_and_unload(progressbar=True, safe_merge=True)
-    except (ValueError, NotImplementedError) as error:
+    # What PEFT raises of the kinds that are more than a sum on weights.
+    except (ValueError, NotImplementedError, AttributeError) as error:
+        reason = str(error).rstrip(".")
         raise ValueError(
-            f"adapter: found one in '{adapter}' that cannot be merged ({error}), use it unmerged."
+            f"adapter: found one in '{adapter}' that cannot be merged ({reason}), expected e.g. LoRA; use it unmerged."
         ) from error
