@@ -2,11 +2,16 @@
 
 The model's own modules call it through transformers' attention interface; the `Packing` reaches it as the keyword
 argument `packing`. Without one (generation, an unpacked forward) it is transformers' SDPA attention, so a model can
-keep this implementation switched on for its whole life.
+keep this implementation switched on for its whole life. Some decoders drop the keyword on its way, and some layers call
+no attention: `counted_attention` tells a packed forward what its layers did.
 """
 
 import functools
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 
 import torch
@@ -20,6 +25,39 @@ from bpo_fast.models.packing import Packing
 from bpo_fast.ops.gather_rows import gather_rows
 
 ATTENTION_NAME = "bpo_fast_packed"
+
+# Tensors among an attention's keyword arguments that change nothing here: the packing has the positions.
+_POSITIONS = {"position_ids", "cache_position"}
+
+
+@dataclass
+class AttentionCalls:
+    """What the attention layers of one packed forward were given.
+
+    Attributes:
+        packed: calls with the packing.
+        unpacked: calls without it, which saw the whole row.
+        ignored: keyword arguments that packed attention does not compute with, such as the sinks of GPT-OSS (`s_aux`).
+    """
+
+    packed: int = 0
+    unpacked: int = 0
+    ignored: set[str] = field(default_factory=set)
+
+
+# Of this thread's forward alone. What a backward pass recomputes comes after the forward and is not counted again.
+_CALLS: ContextVar[AttentionCalls | None] = ContextVar("bpo_fast_attention_calls", default=None)
+
+
+@contextmanager
+def counted_attention() -> Iterator[AttentionCalls]:
+    """Counts the attention calls of a packed forward that runs in the block."""
+    calls = AttentionCalls()
+    token = _CALLS.set(calls)
+    try:
+        yield calls
+    finally:
+        _CALLS.reset(token)
 
 
 @functools.cache
@@ -140,10 +178,34 @@ def packed_attention(
     return _varlen_attention(q, k, v, packing, scaling, backend)[None]
 
 
+def check_reach(name: str, reach: int | None, packing: Packing) -> None:
+    """Refuse sequences longer than what packed attention, or a position, computes alike for short and long ones.
+
+    Args:
+        name: of the model's setting.
+        reach: most positions; None for no bound.
+        packing: of the sequences.
+
+    Raises:
+        ValueError: the longest sequence has more positions.
+    """
+    if reach is not None and reach < packing.max_seqlen_k:
+        raise ValueError(
+            f"{name}: found {reach}, expected None or at least the {packing.max_seqlen_k} positions of the longest "
+            "sequence; lower max_length."
+        )
+
+
 def packed_attention_forward(
     module, query, key, value, attention_mask, *, scaling=None, dropout=0.0, packing: Packing | None = None, **kwargs
 ):
     """The attention function that transformers calls; see `packed_attention`. Without `packing`, plain SDPA."""
+    calls = _CALLS.get()
+    if calls is not None:
+        calls.packed += packing is not None
+        calls.unpacked += packing is None
+        tensors = (name for name, value in kwargs.items() if isinstance(value, Tensor))
+        calls.ignored.update(name for name in tensors if name not in _POSITIONS)
     if packing is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
@@ -153,12 +215,7 @@ def packed_attention_forward(
             f"attention_dropout: found {dropout}, expected 0; preference training compares log-probs of one "
             "policy, so set config.attention_dropout = 0."
         )
-    window = kwargs.get("sliding_window")
-    if window is not None and window < packing.max_seqlen_k:
-        raise ValueError(
-            f"sliding_window: found {window}, expected None or at least the {packing.max_seqlen_k} positions of the "
-            "longest sequence; lower max_length."
-        )
+    check_reach("sliding_window", kwargs.get("sliding_window"), packing)
     if kwargs.get("softcap") is not None:
         raise ValueError(
             f"softcap: found {kwargs['softcap']} on the attention scores, expected None; packed attention does not "

@@ -1,21 +1,24 @@
 """Run a vision-language model on packed sequences.
 
 Nothing here knows a model by name: a model takes part when transformers finds its decoder (`get_decoder`), its output
-head (`get_output_embeddings`) and its image features (`get_image_features`), and when its decoder calls attention
-through transformers' attention interface.
+head (`get_output_embeddings`) and its image features (`get_image_features`), and when every layer of its decoder calls
+attention through transformers' attention interface and hands the packing on. Whether that computes what the model's own
+forward does is for `train.start_check` to see.
 """
 
 import functools
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from bpo_fast.models.attention import ATTENTION_NAME
-from bpo_fast.models.families import LOGIT_SCALES
+from bpo_fast.models.attention import ATTENTION_NAME, AttentionCalls, check_reach, counted_attention
+from bpo_fast.models.families import ATTENTION_REACHES, LOGIT_SCALES, ROTARY_REACHES
 from bpo_fast.models.load import base_model
 from bpo_fast.models.packing import Packing
 from bpo_fast.ops.gather_rows import gather_rows
@@ -35,7 +38,10 @@ def image_features(model: nn.Module, image_inputs: dict[str, torch.Tensor]) -> t
     Returns:
         [M, H]: the embedding rows of all images, image after image, ready to stand in for the image tokens.
     """
-    features = base_model(model).get_image_features(**image_inputs, return_dict=True).pooler_output
+    base = base_model(model)
+    # Not every vision tower casts its pixels, and a batch of training holds them in float32.
+    inputs = {name: x.to(base.dtype) if x.is_floating_point() else x for name, x in image_inputs.items()}
+    features = base.get_image_features(**inputs, return_dict=True).pooler_output
     if isinstance(features, torch.Tensor):
         return features.reshape(-1, features.shape[-1])
     return torch.cat([image.reshape(-1, image.shape[-1]) for image in features])
@@ -54,10 +60,50 @@ class PackedOutput(ModelOutput):
     statistics: TokenStatistics | None = None
 
 
+class PackingNotSeenError(ValueError):
+    """Layers of a decoder that computed without the packing.
+
+    Attributes:
+        reason: what they did.
+        token_logps: what came of it, fp32 [N].
+    """
+
+    def __init__(self, decoder: nn.Module, reason: str, token_logps: torch.Tensor):
+        super().__init__(
+            f"model: found {type(decoder).__name__}, {reason}, expected the packing in every layer, without which "
+            "responses see each other; use a family that docs/models.md lists."
+        )
+        self.reason = reason
+        self.token_logps = token_logps
+
+
+def _layers_without_packing(calls: AttentionCalls, num_layers: int) -> str | None:
+    if calls.unpacked:
+        return f"whose attention was called {calls.unpacked} times without the packing"
+    if calls.packed != num_layers:
+        return f"which called attention {calls.packed} times in {num_layers} layers"
+    if calls.ignored:
+        return f"whose attention takes {', '.join(sorted(calls.ignored))}, which packed attention does not compute"
+    return None
+
+
+def _check_reaches(config: PreTrainedConfig, packing: Packing) -> None:
+    """Refuse sequences so long that a window closes or rotary angles change, whether attention is told or a mask."""
+    kinds = getattr(config, "layer_types", None) or list(ATTENTION_REACHES)[:1]
+    for kind, name in ATTENTION_REACHES.items():
+        if kind in kinds:
+            check_reach(name, getattr(config, name, None), packing)
+    rotary = getattr(config, "rope_parameters", None) or {}
+    for parameters in (rotary, *(each for each in rotary.values() if isinstance(each, dict))):
+        if name := ROTARY_REACHES.get(parameters.get("rope_type")):
+            check_reach(name, parameters.get(name, getattr(config, name, None)), packing)
+
+
 def _packed_forward(
     model, packing: Packing, image_features=None, image_rows=None, with_statistics=False
 ) -> PackedOutput:
-    input_ids = packing.input_ids
+    decoder, input_ids = model.get_decoder(), packing.input_ids
+    _check_reaches(decoder.config, packing)
     if image_features is None:
         embeds = model.get_input_embeddings()(input_ids)
     else:
@@ -71,13 +117,14 @@ def _packed_forward(
         embeds = model.get_input_embeddings()(input_ids.index_fill(0, image_rows, 0))
         embeds = embeds.index_copy(0, image_rows, image_features.to(embeds.dtype))
     # A 4-D mask is handed on untouched by transformers, and packed attention does not read it.
-    hidden = model.get_decoder()(
-        inputs_embeds=embeds[None],
-        position_ids=packing.position_ids[None],
-        attention_mask=embeds.new_zeros(1, 1, 1, 1),
-        use_cache=False,
-        packing=packing,
-    ).last_hidden_state[0]
+    with counted_attention() as calls:
+        hidden = decoder(
+            inputs_embeds=embeds[None],
+            position_ids=packing.position_ids[None],
+            attention_mask=embeds.new_zeros(1, 1, 1, 1),
+            use_cache=False,
+            packing=packing,
+        ).last_hidden_state[0]
     rows = gather_rows(hidden, packing.logit_rows, packing.logit_rounds)
     head = model.get_output_embeddings()
     # Under autocast the decoder's output is in the lower precision, and the head is cast as a linear layer's would be.
@@ -89,6 +136,8 @@ def _packed_forward(
         logit_softcap=getattr(model.config.get_text_config(), "final_logit_softcapping", None),
         with_statistics=with_statistics,
     )
+    if reason := _layers_without_packing(calls, decoder.config.num_hidden_layers):
+        raise PackingNotSeenError(decoder, reason, token_logps.detach())
     return PackedOutput(token_logps=token_logps, statistics=statistics)
 
 
@@ -105,6 +154,8 @@ def enable_packed_forward(model: PreTrainedModel) -> None:
         ValueError: its decoder's attention cannot be set, or it scales its logits in a way the head op does not know.
     """
     decoder = model.get_decoder()
+    if not hasattr(model, "_unpacked_attention"):
+        model._unpacked_attention = decoder.config._attn_implementation
     decoder.set_attn_implementation(ATTENTION_NAME)
     if decoder.config._attn_implementation != ATTENTION_NAME:
         raise ValueError(
@@ -114,7 +165,10 @@ def enable_packed_forward(model: PreTrainedModel) -> None:
     text_config = model.config.get_text_config()
     for name in LOGIT_SCALES:
         if getattr(text_config, name, None) not in (None, 1, 1.0):
-            raise ValueError(f"model: found logits scaled by its config's {name}, expected unscaled logits.")
+            raise ValueError(
+                f"model: found {type(model).__name__} with logits scaled by its config's {name}, expected unscaled "
+                "logits; use a family that docs/models.md lists."
+            )
     if hasattr(model, "_unpacked_forward"):
         return
     model._unpacked_forward = model.forward
@@ -127,6 +181,23 @@ def enable_packed_forward(model: PreTrainedModel) -> None:
         return _packed_forward(self, packing, image_features, image_rows, with_statistics)
 
     model.forward = types.MethodType(forward, model)
+
+
+@contextmanager
+def unpacked_forward(model: PreTrainedModel) -> Iterator[types.MethodType]:
+    """The forward that a model has without packing, with the attention that it was loaded with while the block runs.
+
+    That attention may compute what SDPA does not, such as sinks or capped scores.
+
+    Args:
+        model: the transformers model, with `enable_packed_forward`.
+    """
+    decoder = model.get_decoder()
+    decoder.set_attn_implementation(model._unpacked_attention)
+    try:
+        yield model._unpacked_forward
+    finally:
+        decoder.set_attn_implementation(ATTENTION_NAME)
 
 
 def sum_branches(token_logps: torch.Tensor, packing: Packing) -> torch.Tensor:

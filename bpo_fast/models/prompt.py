@@ -15,7 +15,7 @@ from transformers import BatchFeature, ProcessorMixin
 from bpo_fast.models.conversation import Messages, check_content, shorten, structured
 
 # What a processor returns beside the model's image inputs.
-_TEXT_KEYS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
+_TEXT_KEYS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"}
 
 
 def question(text: str) -> Messages:
