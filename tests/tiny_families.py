@@ -1,20 +1,21 @@
 """Tiny random models of many families, each with its processor, built without a network.
 
-The processors are transformers' own over a tokenizer of whole words. Three parts cannot be built on a plain install and
-have stand-ins: a video processor (torchvision; never called), the words of numbers that SmolVLM's processor asks for
-(num2words; for videos alone), and the image processor of LFM2-VL (torchvision), which here cuts an image into patches.
+The processors are transformers' own over a tokenizer of whole words. Three parts cannot be built on a plain install
+and have stand-ins: a video processor (torchvision; never called), the words of numbers that SmolVLM's processor asks
+for (num2words; for videos alone), and the image processor of LFM2-VL (torchvision), which here cuts an image into
+patches.
 """
 
 from unittest import mock
 
 import torch
 import transformers
-from PIL import Image
 from tiny_models import CHAT_TEMPLATE, WORDS
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BaseVideoProcessor, BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.image_processing_backends import PilBackend
 from transformers.models.smolvlm import processing_smolvlm
+from transformers.processing_utils import ImagesKwargs
 
 IMAGE = "<image>"
 TEXT = {
@@ -67,10 +68,15 @@ class NoVideos(BaseVideoProcessor):
         pass
 
 
+class Lfm2VlImages(ImagesKwargs, total=False):
+    return_row_col_info: bool
+
+
 class PatchProcessor(PilBackend):
     """LFM2-VL's inputs of an image: all its patches as rows, a mask over them, and how many there are each way."""
 
     model_input_names = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
+    valid_kwargs = Lfm2VlImages
     tile_size, downsample_factor, encoder_patch_size, use_thumbnail = 64, 2, 4, False
 
     def __call__(self, images, **_):
@@ -99,7 +105,7 @@ class PatchProcessor(PilBackend):
 
 def _processor(name, image_processor, tokenizer, *parts, image=IMAGE, **options):
     """transformers' processor class `name`, which would look for torchvision when it checks its parts."""
-    with mock.patch.object(ProcessorMixin, "check_argument_for_proper_class", lambda *_: None):
+    with mock.patch.object(ProcessorMixin, "check_argument_for_proper_class"):
         template = CHAT_TEMPLATE.replace(IMAGE, image)
         return getattr(transformers, name)(image_processor, tokenizer, *parts, chat_template=template, **options)
 
@@ -118,7 +124,11 @@ def _siglip(**options):
 
 def _model(name, config, seed=0):
     torch.manual_seed(seed)
-    return getattr(transformers, name)._from_config(config).eval()
+    model = getattr(transformers, name)._from_config(config).eval()
+    for parameter in model.parameters():
+        if not parameter.any():  # as biases and Gemma 3's projector start, which would hide the images
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
 
 
 def _square(size=16):
@@ -238,16 +248,20 @@ def qwen_vl(name="Qwen2VL", seed=0, **options):
     """Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5: three-dimensional positions, each with a vision part of its own."""
     tokens = {"image": "<|image_pad|>", "video": "<|video_pad|>", "vision_start": "<s>", "vision_end": "</s>"}
     tokenizer = make_tokenizer("<|video_pad|>", "<|vision_start|>", "<|vision_end|>", image_token="<|image_pad|>")
-    ids = {
-        f"{part}_token_id": tokenizer.convert_tokens_to_ids(token)
-        for part, token in tokens.items()
-    }
+    ids = {f"{part}_token_id": tokenizer.convert_tokens_to_ids(token) for part, token in tokens.items()}
     sizes = {"depth": 2, "num_heads": 2, "patch_size": 4, "initializer_range": 0.2, "hidden_size": 24}
     vision = {
         "Qwen2VL": {"embed_dim": 24, "hidden_size": 32, "mlp_ratio": 2},
-        "Qwen2_5_VL": {"out_hidden_size": 32, "window_size": 16, "fullatt_block_indexes": [1], "intermediate_size": 32},
+        "Qwen2_5_VL": {
+            "out_hidden_size": 32,
+            "window_size": 16,
+            "fullatt_block_indexes": [1],
+            "intermediate_size": 32,
+        },
         "Qwen3VL": {
-            "out_hidden_size": 32, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1],
+            "out_hidden_size": 32,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0, 1],
             "intermediate_size": 32,
         },
         "Qwen3_5": {"out_hidden_size": 32, "num_position_embeddings": 64, "intermediate_size": 32},
@@ -258,16 +272,15 @@ def qwen_vl(name="Qwen2VL", seed=0, **options):
         text |= {"head_dim": 8}
     if name == "Qwen3_5":
         text |= {
-            "layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-            "head_dim": 16, "rope_parameters": rope | {"partial_rotary_factor": 0.5},
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "head_dim": 16,
+            "rope_parameters": rope | {"partial_rotary_factor": 0.5},
         }
-    config = _config(
-        f"{name}Config",
-        text_config=TEXT | text | options,
-        vision_config=sizes | vision,
-        **ids,
-    )
+    config = _config(f"{name}Config", text_config=TEXT | text | options, vision_config=sizes | vision, **ids)
     images = transformers.Qwen2VLImageProcessorPil(
         patch_size=4, merge_size=2, size={"shortest_edge": 256, "longest_edge": 1024}
     )
@@ -322,8 +335,14 @@ def glm4v(seed=0, **options):
         "Glm4vConfig",
         text_config=TEXT | {"vocab_size": len(tokenizer), "rope_parameters": rope} | options,
         vision_config={
-            "depth": 2, "hidden_size": 24, "num_heads": 2, "patch_size": 4, "image_size": 16, "out_hidden_size": 32,
-            "intermediate_size": 32, "initializer_range": 0.2,
+            "depth": 2,
+            "hidden_size": 24,
+            "num_heads": 2,
+            "patch_size": 4,
+            "image_size": 16,
+            "out_hidden_size": 32,
+            "intermediate_size": 32,
+            "initializer_range": 0.2,
         },
         **{f"{name}_token_id": id for name, id in zip(names, ids, strict=True)},
     )

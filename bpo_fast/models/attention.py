@@ -2,8 +2,8 @@
 
 The model's own modules call it through transformers' attention interface; the `Packing` reaches it as the keyword
 argument `packing`. Without one (generation, an unpacked forward) it is transformers' SDPA attention, so a model can
-keep this implementation switched on for its whole life. Some decoders drop the keyword on its way, and some layers call
-no attention: `counted_attention` tells a packed forward what its layers did.
+keep this implementation switched on for its whole life. Some decoders drop the keyword on its way, and some layers
+call no attention: `counted_attention` tells a packed forward what its layers did.
 """
 
 import functools

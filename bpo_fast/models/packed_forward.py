@@ -1,9 +1,9 @@
 """Run a vision-language model on packed sequences.
 
 Nothing here knows a model by name: a model takes part when transformers finds its decoder (`get_decoder`), its output
-head (`get_output_embeddings`) and its image features (`get_image_features`), and when every layer of its decoder calls
-attention through transformers' attention interface and hands the packing on. Whether that computes what the model's own
-forward does is for `train.start_check` to see.
+head (`get_output_embeddings`) and its image features (`get_image_features`), and when every layer of its decoder
+calls attention through transformers' attention interface and hands the packing on. Whether that computes what the
+model's own forward does is for `train.start_check` to see.
 """
 
 import functools
