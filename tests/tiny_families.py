@@ -1,23 +1,15 @@
-"""Tiny random models of many families, each with its processor, built without a network.
+"""Tiny random models of many families, each with transformers' own processor for it, built without a network."""
 
-The processors are transformers' own over a tokenizer of whole words. Three parts cannot be built on a plain install
-and have stand-ins: a video processor (torchvision; never called), the words of numbers that SmolVLM's processor asks
-for (num2words; for videos alone), and the image processor of LFM2-VL (torchvision), which here cuts an image into
-patches.
-"""
-
-from unittest import mock
+import functools
+import itertools
+import random
 
 import torch
 import transformers
-from tiny_models import CHAT_TEMPLATE, WORDS
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BaseVideoProcessor, BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
-from transformers.image_processing_backends import PilBackend
-from transformers.models.smolvlm import processing_smolvlm
-from transformers.processing_utils import ImagesKwargs
+from PIL import Image
+from tiny_models import make_pairs
+from tiny_processors import IMAGE, NoVideos, PatchProcessor, make_processor, make_tokenizer
 
-IMAGE = "<image>"
 TEXT = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -38,76 +30,6 @@ VISION = {
     "patch_size": 8,
     "initializer_range": 0.2,
 }
-SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", IMAGE, "USER:", "ASSISTANT:"]
-
-
-def make_tokenizer(*extra, **named):
-    """A tokenizer of whole words with `extra` special tokens; `named` ones become its attributes."""
-    vocab = {token: n for n, token in enumerate([*SPECIAL, *dict.fromkeys([*named.values(), *extra]), *WORDS])}
-    vocab = {token: n for n, token in enumerate(vocab)}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        extra_special_tokens=named,
-    )
-    fast.add_special_tokens({"additional_special_tokens": list(dict.fromkeys([IMAGE, *extra]))})
-    return fast
-
-
-class NoVideos(BaseVideoProcessor):
-    """Stands where a processor wants one of videos."""
-
-    num_frames, fps, merge_size = 1, 1, 2
-
-    def __init__(self):
-        pass
-
-
-class Lfm2VlImages(ImagesKwargs, total=False):
-    return_row_col_info: bool
-
-
-class PatchProcessor(PilBackend):
-    """LFM2-VL's inputs of an image: all its patches as rows, a mask over them, and how many there are each way."""
-
-    model_input_names = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
-    valid_kwargs = Lfm2VlImages
-    tile_size, downsample_factor, encoder_patch_size, use_thumbnail = 64, 2, 4, False
-
-    def __call__(self, images, **_):
-        images = [image for shown in images for image in shown]
-        size, patches, shapes = self.encoder_patch_size, [], []
-        for image in images:
-            high, wide = (side // (2 * size) * 2 for side in (image.height, image.width))
-            pixels = torch.frombuffer(bytearray(image.resize((wide * size, high * size)).tobytes()), dtype=torch.uint8)
-            pixels = pixels.view(high, size, wide, size, 3).float() / 127.5 - 1
-            patches.append(pixels.permute(0, 2, 1, 3, 4).reshape(high * wide, -1))
-            shapes.append([high, wide])
-        longest = max(map(len, patches))
-        mask = torch.stack([torch.arange(longest) < len(p) for p in patches]).int()
-        padded = torch.stack([torch.nn.functional.pad(p, (0, 0, 0, longest - len(p))) for p in patches])
-        return BatchFeature(
-            {
-                "pixel_values": padded,
-                "pixel_attention_mask": mask,
-                "spatial_shapes": torch.tensor(shapes),
-                "image_rows": [1] * len(images),
-                "image_cols": [1] * len(images),
-                "image_sizes": [[h * size, w * size] for h, w in shapes],
-            }
-        )
-
-
-def _processor(name, image_processor, tokenizer, *parts, image=IMAGE, **options):
-    """transformers' processor class `name`, which would look for torchvision when it checks its parts."""
-    with mock.patch.object(ProcessorMixin, "check_argument_for_proper_class"):
-        template = CHAT_TEMPLATE.replace(IMAGE, image)
-        return getattr(transformers, name)(image_processor, tokenizer, *parts, chat_template=template, **options)
 
 
 def _config(name, **options):
@@ -146,7 +68,7 @@ def llava(text="LlamaConfig", seed=0, **options):
         image_seq_length=4,
     )
     images = transformers.CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=_square())
-    processor = _processor(
+    processor = make_processor(
         "LlavaProcessor",
         images,
         tokenizer,
@@ -170,7 +92,7 @@ def llava_next(seed=0, **options):
     images = transformers.LlavaNextImageProcessorPil(
         size={"shortest_edge": 16}, crop_size=_square(), image_grid_pinpoints=grid
     )
-    processor = _processor(
+    processor = make_processor(
         "LlavaNextProcessor",
         images,
         tokenizer,
@@ -193,7 +115,7 @@ def llava_onevision(seed=0, **options):
         video_token_id=tokenizer.convert_tokens_to_ids("<video>"),
     )
     images = transformers.LlavaOnevisionImageProcessorPil(size=_square(), image_grid_pinpoints=grid)
-    processor = _processor(
+    processor = make_processor(
         "LlavaOnevisionProcessor",
         images,
         tokenizer,
@@ -216,7 +138,7 @@ def internvl(seed=0, **options):
         image_seq_length=4,
     )
     images = transformers.GotOcr2ImageProcessorPil(size=_square(), crop_to_patches=True, max_patches=4)
-    processor = _processor(
+    processor = make_processor(
         "InternVLProcessor", images, tokenizer, NoVideos(), image="<IMG_CONTEXT>", image_seq_length=4
     )
     return _model("InternVLForConditionalGeneration", config, seed), processor
@@ -239,15 +161,19 @@ def idefics3(name="Idefics3", seed=0, **options):
         size={"longest_edge": 32}, max_image_size={"longest_edge": 16}
     )
     parts = [NoVideos()] if name == "SmolVLM" else []
-    with mock.patch.object(processing_smolvlm, "num2words", str):
-        processor = _processor(f"{name}Processor", images, tokenizer, *parts, image_seq_len=4)
+    processor = make_processor(f"{name}Processor", images, tokenizer, *parts, image_seq_len=4)
     return _model(f"{name}ForConditionalGeneration", config, seed), processor
 
 
 def qwen_vl(name="Qwen2VL", seed=0, **options):
     """Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5: three-dimensional positions, each with a vision part of its own."""
-    tokens = {"image": "<|image_pad|>", "video": "<|video_pad|>", "vision_start": "<s>", "vision_end": "</s>"}
-    tokenizer = make_tokenizer("<|video_pad|>", "<|vision_start|>", "<|vision_end|>", image_token="<|image_pad|>")
+    tokens = {
+        "image": "<|image_pad|>",
+        "video": "<|video_pad|>",
+        "vision_start": "<|vision_start|>",
+        "vision_end": "<|vision_end|>",
+    }
+    tokenizer = make_tokenizer(*tokens.values(), image_token=tokens["image"])
     ids = {f"{part}_token_id": tokenizer.convert_tokens_to_ids(token) for part, token in tokens.items()}
     sizes = {"depth": 2, "num_heads": 2, "patch_size": 4, "initializer_range": 0.2, "hidden_size": 24}
     vision = {
@@ -285,7 +211,7 @@ def qwen_vl(name="Qwen2VL", seed=0, **options):
         patch_size=4, merge_size=2, size={"shortest_edge": 256, "longest_edge": 1024}
     )
     processor = {"Qwen2_5_VL": "Qwen2_5_VLProcessor", "Qwen2VL": "Qwen2VLProcessor"}.get(name, "Qwen3VLProcessor")
-    processor = _processor(processor, images, tokenizer, NoVideos(), image="<|image_pad|>")
+    processor = make_processor(processor, images, tokenizer, NoVideos(), image="<|image_pad|>")
     return _model(f"{name}ForConditionalGeneration", config, seed), processor
 
 
@@ -304,7 +230,7 @@ def gemma3(seed=0, **options):
         initializer_range=0.2,
     )
     images = transformers.Gemma3ImageProcessorPil(size=_square())
-    processor = _processor("Gemma3Processor", images, tokenizer, image="<start_of_image>", image_seq_length=4)
+    processor = make_processor("Gemma3Processor", images, tokenizer, image="<start_of_image>", image_seq_length=4)
     return _model("Gemma3ForConditionalGeneration", config, seed), processor
 
 
@@ -312,7 +238,7 @@ def paligemma(seed=0, **options):
     tokenizer = make_tokenizer(image_token=IMAGE)
     images = transformers.SiglipImageProcessorPil(size=_square())
     images.image_seq_length = 4
-    processor = _processor("PaliGemmaProcessor", images, tokenizer)
+    processor = make_processor("PaliGemmaProcessor", images, tokenizer)
     text = {"vocab_size": len(tokenizer), "head_dim": 8, "model_type": "gemma"}
     config = _config(
         "PaliGemmaConfig",
@@ -349,7 +275,7 @@ def glm4v(seed=0, **options):
     images = transformers.Glm4vImageProcessorPil(
         patch_size=4, merge_size=2, size={"shortest_edge": 256, "longest_edge": 2048}
     )
-    processor = _processor("Glm4vProcessor", images, tokenizer, NoVideos(), image="<|image|>")
+    processor = make_processor("Glm4vProcessor", images, tokenizer, NoVideos(), image="<|image|>")
     return _model("Glm4vForConditionalGeneration", config, seed), processor
 
 
@@ -368,5 +294,63 @@ def lfm2_vl(seed=0, **options):
         image_token_id=tokenizer.image_token_id,
         projector_hidden_size=32,
     )
-    processor = _processor("Lfm2VlProcessor", PatchProcessor(), tokenizer)
+    processor = make_processor("Lfm2VlProcessor", PatchProcessor(), tokenizer)
     return _model("Lfm2VlForConditionalGeneration", config, seed), processor
+
+
+def _over(text, **options):
+    return functools.partial(llava, text, **options)
+
+
+# Families whose packed rows compute what their own forward does.
+EXACT = {
+    "LLaVA over Llama": llava,
+    "LLaVA over Mistral": _over("MistralConfig"),
+    "LLaVA over Qwen2": _over("Qwen2Config"),
+    "LLaVA over Qwen3": _over("Qwen3Config", head_dim=8),
+    "LLaVA over Gemma": _over("GemmaConfig", head_dim=8),
+    "LLaVA-NeXT": llava_next,
+    "LLaVA-OneVision": llava_onevision,
+    "InternVL": internvl,
+    "SmolVLM": functools.partial(idefics3, "SmolVLM"),
+    "Idefics3": idefics3,
+}
+
+# Families that the start check refuses -> builder, class of the model, class of its decoder.
+LLAVA = "LlavaForConditionalGeneration"
+REFUSED = {
+    "LLaVA over StableLM": (_over("StableLmConfig"), LLAVA, "StableLmModel"),
+    "LLaVA over Nemotron": (_over("NemotronConfig"), LLAVA, "NemotronModel"),
+    "LLaVA over GPT-OSS": (
+        _over("GptOssConfig", head_dim=8, num_local_experts=4, num_experts_per_tok=2),
+        LLAVA,
+        "GptOssModel",
+    ),
+    "LLaVA over Lfm2": (_over("Lfm2Config", layer_types=["conv", "full_attention"]), LLAVA, "Lfm2Model"),
+    "LLaVA over FalconH1": (
+        _over("FalconH1Config", mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=16),
+        LLAVA,
+        "FalconH1Model",
+    ),
+    "Qwen2-VL": (qwen_vl, "Qwen2VLForConditionalGeneration", "Qwen2VLTextModel"),
+    "Qwen2.5-VL": (
+        functools.partial(qwen_vl, "Qwen2_5_VL"),
+        "Qwen2_5_VLForConditionalGeneration",
+        "Qwen2_5_VLTextModel",
+    ),
+    "Qwen3-VL": (functools.partial(qwen_vl, "Qwen3VL"), "Qwen3VLForConditionalGeneration", "Qwen3VLTextModel"),
+    "Qwen3.5": (functools.partial(qwen_vl, "Qwen3_5"), "Qwen3_5ForConditionalGeneration", "Qwen3_5TextModel"),
+    "Gemma 3": (gemma3, "Gemma3ForConditionalGeneration", "Gemma3TextModel"),
+    "PaliGemma": (paligemma, "PaliGemmaForConditionalGeneration", "GemmaModel"),
+    "GLM-4V": (glm4v, "Glm4vForConditionalGeneration", "Glm4vTextModel"),
+    "LFM2-VL": (lfm2_vl, "Lfm2VlForConditionalGeneration", "Lfm2Model"),
+}
+
+
+def make_examples(count=3, seed=0):
+    """Preference pairs whose images have several sizes, so that tiling families cut them into one or more tiles."""
+    rng = random.Random(seed)
+    examples = make_pairs(count, seed)
+    for example, (width, height) in zip(examples, itertools.cycle([(16, 16), (40, 24), (24, 48)]), strict=False):
+        example["images"] = [Image.frombytes("RGB", (width, height), rng.randbytes(3 * width * height))]
+    return examples

@@ -5,6 +5,7 @@ more would be trained wrongly without a word; here its first examples show it be
 on trust: the check runs at the start of every training, whatever the model is called.
 """
 
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -227,12 +228,14 @@ def _shows_an_image(example: dict) -> bool:
 
 
 def _image_example(responses: Sequence[str], number: int) -> dict[str, Any]:
-    shown = Image.radial_gradient("L").resize((96 + 32 * number, 64)).convert("RGB")
-    text = [{"type": "text", "text": "What is this?"}]
-    answers = ["A light that fades." + " And more." * number, "A dark ring on white."]
+    """An example that shows an image of noise, so that no two of its features are alike."""
+    size = (96 + 32 * number, 64)
+    shown = Image.frombytes("RGB", size, random.Random(number).randbytes(3 * size[0] * size[1]))
+    question = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
+    answers = ["Grains of every colour." + " And more." * number, "A field of noise, without any shape in it."]
     return {
         "images": [shown],
-        "prompt": [{"role": "user", "content": [{"type": "image"}, *text]}],
+        "prompt": [{"role": "user", "content": question}],
         **{
             name: [{"role": "assistant", "content": [{"type": "text", "text": answer}]}]
             for name, answer in zip(responses, answers, strict=False)

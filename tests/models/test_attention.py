@@ -1,6 +1,7 @@
 """Packed attention against attention over each sequence by itself."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -8,7 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bpo_fast.models import attention
-from bpo_fast.models.attention import choose_backend, packed_attention, packed_attention_forward
+from bpo_fast.models.attention import (
+    AttentionCalls,
+    choose_backend,
+    counted_attention,
+    packed_attention,
+    packed_attention_forward,
+)
 from bpo_fast.models.packing import Group, pack
 
 lengths = st.lists(
@@ -97,6 +104,33 @@ def test_what_cannot_be_computed_is_refused(options, message):
     packing, q, k, v = make([(3, [2])])
     with pytest.raises(ValueError, match=message):
         packed_attention_forward(torch.nn.Module(), q, k, v, None, packing=packing, **options)
+
+
+def test_calls_are_counted_in_the_block_and_thread_of_their_forward():
+    packing, q, k, v = make([(3, [2])], kv_heads=4)
+    module = torch.nn.Module()
+
+    def call(**options):
+        packed_attention_forward(module, q, k, v, None, **options)
+
+    with counted_attention() as outer:
+        call(packing=packing, position_ids=packing.position_ids)
+        with counted_attention() as inner:
+            call(packing=packing, s_aux=torch.zeros(4), cu_seqlens=7)
+        call()
+        with ThreadPoolExecutor() as pool:
+            pool.submit(call, packing=packing).result()
+    call(packing=packing)
+    assert outer == AttentionCalls(packed=1, unpacked=1)
+    assert inner == AttentionCalls(packed=1, ignored={"s_aux"})
+
+
+def test_counting_ends_with_an_error():
+    packing, q, k, v = make([(3, [2])], kv_heads=4)
+    with pytest.raises(ValueError, match="softcap"), counted_attention() as calls:
+        packed_attention_forward(torch.nn.Module(), q, k, v, None, packing=packing, softcap=3.0)
+    packed_attention_forward(torch.nn.Module(), q, k, v, None, packing=packing)
+    assert calls.packed == 1
 
 
 @pytest.mark.parametrize(
