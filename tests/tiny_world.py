@@ -36,7 +36,7 @@ def make_world(folder: Path) -> None:
         "image_folder: images\n"
         "bootstrap: {annotations: data.json, max_new_tokens: 5, batch_size: 2}\n"
         "train: {dataset: pairs.json, use_cpu: true, max_steps: 2, save_steps: 1, per_device_train_batch_size: 2,\n"
-        "        report_to: none, disable_tqdm: true, lora_r: 2}\n"
+        "        report_to: none, disable_tqdm: true, lora_r: 2, gradient_checkpointing: false}\n"
         "evaluate: {questions: questions.json, kind: pope, max_new_tokens: 3, batch_size: 2}\n"
     )
 

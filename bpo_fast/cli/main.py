@@ -3,6 +3,7 @@
 import argparse
 import json
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -10,26 +11,6 @@ from pathlib import Path
 
 from bpo_fast.cli.parser import Parser
 from bpo_fast.cli.quiet import quiet
-
-# With the options of the loss: what a training ends with. Every other training argument changes how it goes.
-_DECIDING_FIELDS = (
-    "max_length",
-    "disable_dropout",
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "weight_decay",
-    "max_grad_norm",
-    "optim",
-    "num_train_epochs",
-    "max_steps",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "seed",
-    "data_seed",
-    "bf16",
-    "fp16",
-)
 
 
 @quiet()
@@ -62,48 +43,34 @@ def train(argv: Sequence[str]) -> None:
     """Train an adapter on preference pairs, or on their chosen answers with --loss_type sft."""
     from bpo_fast.cli.options import TrainArguments
     from bpo_fast.cli.recipe import carried_options, parse_arguments
-    from bpo_fast.train.checkpoints import last_complete_checkpoint
     from bpo_fast.train.config import BPOConfig
-    from bpo_fast.train.trainer import BPOTrainer
 
     arguments, config = parse_arguments([TrainArguments, BPOConfig], argv, command="train", description=train.__doc__)
     from peft import LoraConfig
 
-    from bpo_fast.data import load_preference_dataset
-    from bpo_fast.data.pairs import dataset_fingerprint
-    from bpo_fast.losses.config import LOSS_OPTIONS
-    from bpo_fast.models.load import load_model, load_processor
-    from bpo_fast.runs.folder import claim_folder
+    from bpo_fast.train.run import train as train_adapter
 
-    dataset = load_preference_dataset(arguments.dataset, image_folder=arguments.image_folder)
-    is_main_process = config.process_index == 0
-    if is_main_process:
-        deciding = {name: getattr(config, name) for name in (*LOSS_OPTIONS, *_DECIDING_FIELDS)}
-        settings = _without(asdict(arguments), "image_folder") | deciding
-        settings["dataset"] = dataset_fingerprint(dataset)
-        claim_folder(config.output_dir, settings, record="run.json")
-    checkpoint = config.resume_from_checkpoint or last_complete_checkpoint(config.output_dir)
-    if checkpoint and is_main_process:
-        print(f"resuming from {checkpoint}")
-    trainer = BPOTrainer(
-        model=load_model(arguments.model_name_or_path, device=config.device, **arguments.load_options()),
-        args=config,
-        train_dataset=dataset,
-        processing_class=load_processor(arguments.model_name_or_path),
-        peft_config=LoraConfig(
+    trained = train_adapter(
+        config,
+        arguments.model_name_or_path,
+        arguments.dataset,
+        LoraConfig(
             r=arguments.lora_r,
             lora_alpha=arguments.lora_alpha,
             lora_dropout=arguments.lora_dropout,
             target_modules=arguments.lora_target_modules,
             task_type="CAUSAL_LM",
         ),
+        image_folder=arguments.image_folder,
+        eval_dataset=arguments.eval_dataset,
+        eval_fraction=arguments.eval_fraction,
+        model_init_kwargs=arguments.load_options(),
     )
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
-    if is_main_process:
+    if config.process_index == 0:
         where = ("--questions", "QUESTIONS", "--image_folder", "IMAGES", "--output_dir", "SCORES")
+        done = "finished before, nothing is done again" if trained.was_finished else f"{trained.num_pairs:,} pairs"
         print(
-            f"Adapter in {config.output_dir} ({len(dataset):,} pairs, {trainer.state.global_step:,} steps).",
+            f"Adapter in {config.output_dir} ({done}, {trained.num_steps:,} steps).",
             _next("evaluate", *carried_options(argv), "--adapter", config.output_dir, "--kind", "pope", *where),
         )
 
@@ -189,9 +156,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parser.parse_args(argv)
         traceback = arguments.traceback
         return COMMANDS[arguments.command](arguments.options) or 0
-    except KeyboardInterrupt:
-        print("bpo-fast: interrupted; the same command resumes where this one stopped.", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stopped:
+        where = str(stopped) or "the same command resumes where this one stopped."
+        print(f"bpo-fast: interrupted; {where}", file=sys.stderr)
+        return 128 + getattr(stopped, "signal", signal.SIGINT)
     # A mistake of the user, or something that this machine lacks, with a sentence that says what to do.
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         if traceback:

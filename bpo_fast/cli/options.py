@@ -73,6 +73,8 @@ class TrainArguments(SharedArguments):
         "Preference pairs: folder written by bpo-fast bootstrap, JSON or JSON-lines file, or folder written by "
         "Dataset.save_to_disk."
     )
+    eval_dataset: str | None = _option("x", default=None)
+    eval_fraction: float | None = _option("x", default=None)
     lora_r: int = _option("LoRA rank.", default=64)
     lora_alpha: int = _option("LoRA scale: the adapter's output is multiplied by lora_alpha / lora_r.", default=128)
     lora_dropout: float = _option("Dropout on the adapter's input.", default=0.0)

@@ -23,9 +23,7 @@ from bpo_fast.runs.files import read_json, write_json
 from bpo_fast.runs.fingerprint import fingerprint
 from bpo_fast.runs.text import printable
 from bpo_fast.train.collator import PreferenceCollator
-
-# Columns that decide what an example is as training sees it.
-COLUMNS = ("images", "image", "prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
+from bpo_fast.train.examples import EXAMPLE_COLUMNS
 
 # Fewer examples than these are tried in this process: starting others would take longer.
 _FEW = 256
@@ -153,7 +151,7 @@ class _Tried:
         if reason is None:
             return None
         if example is None and isinstance(self.dataset, Dataset):
-            example = next(_raw_rows(self.dataset.select([number]), (*COLUMNS, "id")))
+            example = next(_raw_rows(self.dataset.select([number]), (*EXAMPLE_COLUMNS, "id")))
             reason = _image_fault(example) or reason
         found = example.get("id") if isinstance(example, dict) else None
         return BadPair(number, None if found is None else printable(str(found)), reason)
@@ -210,7 +208,7 @@ def _fingerprint(dataset, collator: PreferenceCollator) -> str:
     def values():
         yield settings
         for row in _raw_rows(dataset) if isinstance(dataset, Dataset) else dataset:
-            yield [[name, _plain(row.get(name))] for name in COLUMNS] if isinstance(row, dict) else repr(row)
+            yield [[name, _plain(row.get(name))] for name in EXAMPLE_COLUMNS] if isinstance(row, dict) else repr(row)
 
     return fingerprint(values())
 
@@ -225,7 +223,7 @@ def _processor_state(processor) -> list[str]:
     return [str(processor), json.dumps(template), json.dumps(words, sort_keys=True)]
 
 
-def _raw_rows(dataset: Dataset, columns: Sequence[str] = COLUMNS) -> Iterator[dict]:
+def _raw_rows(dataset: Dataset, columns: Sequence[str] = EXAMPLE_COLUMNS) -> Iterator[dict]:
     """The rows with their images as they are kept: {"bytes", "path"}, undecoded."""
     names = [name for name in columns if name in dataset.column_names]
     for table in dataset.select_columns(names).with_format("arrow").iter(batch_size=1000):

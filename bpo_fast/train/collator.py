@@ -30,16 +30,18 @@ class PackedSequence:
         image_inputs: the processor's image tensors (`pixel_values`, ...), empty without images.
         image_rows: int64 [M], the positions of its image tokens.
         batch: the whole batch, of which this sequence holds some groups; means are over the batch.
+        numbers: rows of its examples in the data set, where the examples say them; for messages.
     """
 
     packing: Packing
     image_inputs: dict[str, torch.Tensor]
     image_rows: torch.Tensor
     batch: Batch
+    numbers: tuple[int, ...] = ()
 
     def _map(self, function) -> PackedSequence:
         images = {name: function(tensor) for name, tensor in self.image_inputs.items()}
-        return PackedSequence(function(self.packing), images, function(self.image_rows), self.batch)
+        return PackedSequence(function(self.packing), images, function(self.image_rows), self.batch, self.numbers)
 
     def to(self, device, non_blocking: bool = False) -> PackedSequence:
         """The same sequence with its tensors on `device`."""
@@ -101,7 +103,8 @@ class PreferenceCollator:
                 encoded = encode(self.processor, [prompts[n] for n in members], [images[n] for n in members])
             packing = pack([groups[n] for n in members])
             image_rows = torch.nonzero(packing.input_ids == self.image_token_id).flatten()
-            sequences.append(PackedSequence(packing, image_inputs(encoded), image_rows, batch))
+            numbers = tuple(examples[n]["number"] for n in members if "number" in examples[n])
+            sequences.append(PackedSequence(packing, image_inputs(encoded), image_rows, batch, numbers))
         return {"sequences": sequences}
 
     def _render(self, example: dict, num_images: int) -> tuple[str, list[str]]:

@@ -46,6 +46,7 @@ class BPOConfig(LossOptions, TrainingArguments):
         disable_dropout: switch every dropout off, adapter's included; the reference and the policy are then one
             network.
         bf16: by default on where a CUDA device computes in it.
+        strict: raise for an example that cannot be trained on; by default it is left out and listed in `output_dir`.
     """
 
     learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate; the paper trains at 2e-6."})
@@ -61,6 +62,13 @@ class BPOConfig(LossOptions, TrainingArguments):
         default=None, metadata={"help": "Most tokens of one packed sequence; null packs a step's pairs in one."}
     )
     disable_dropout: bool = field(default=True, metadata={"help": "Switch every dropout off."})
+    strict: bool = field(
+        default=False, metadata={"help": "Stop for a pair that cannot be used instead of leaving it out."}
+    )
+    # transformers' filter reads the loss back after every batch and logs one that is not finite as 0.
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Without effect: a loss that is not finite stops the run."}
+    )
 
     def __post_init__(self):
         if self.bf16 is None:

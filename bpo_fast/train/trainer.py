@@ -4,21 +4,35 @@ The trainer joins packing, model and losses. Loops, logging, saving, resuming an
 transformers.Trainer.
 """
 
-from dataclasses import replace
+import shutil
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainerCallback, set_seed
+from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainerCallback, TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
 from bpo_fast.losses.preference import Responses, token_preference
 from bpo_fast.models.load import load_model, load_processor
-from bpo_fast.models.lora import with_fresh_adapter
+from bpo_fast.models.lora import check_gradients, with_fresh_adapter
 from bpo_fast.models.packed_forward import enable_packed_forward, image_features, sum_branches
 from bpo_fast.ops.rows import TokenStatistics
+from bpo_fast.runs.files import write_jsonl
+from bpo_fast.train.check_pairs import check_columns, check_pairs
+from bpo_fast.train.checkpoints import check_checkpoint, last_complete_checkpoint, seal_checkpoint
 from bpo_fast.train.collator import PackedSequence, PreferenceCollator
 from bpo_fast.train.config import BPOConfig
+from bpo_fast.train.examples import EXAMPLE_COLUMNS, Examples
+from bpo_fast.train.finite import FiniteGuard
+from bpo_fast.train.start_check import check_packed_forward
+
+CHECKED_FILE = ".checked_pairs.json"
+UNUSABLE_FILE = "unusable_pairs.jsonl"
 
 
 class BPOTrainer(Trainer):
@@ -68,6 +82,7 @@ class BPOTrainer(Trainer):
         peft_config: PeftConfig | None = None,
     ):
         args = args or BPOConfig(output_dir="bpo_output")
+        _check_devices(args)
         set_seed(args.seed)  # the adapter's first weights are random
         if isinstance(model, str | Path):
             processing_class = processing_class or load_processor(model)
@@ -82,8 +97,11 @@ class BPOTrainer(Trainer):
         self.loss_config = args.loss_config()
         self.responses = ("chosen",) if self.loss_config.loss_types == ("sft",) else ("chosen", "rejected")
         evaluated = eval_dataset.items() if isinstance(eval_dataset, dict) else [("eval_dataset", eval_dataset)]
+        if train_dataset is None:
+            raise ValueError("train_dataset: found None, expected preference pairs; see bpo_fast.data.")
         for name, dataset in [("train_dataset", train_dataset), *evaluated]:
-            _check_columns(name, dataset, self.responses)
+            if dataset is not None:
+                check_columns(name, dataset, self.responses)
         collator = PreferenceCollator(
             processing_class,
             image_token_id=getattr(model.config, "image_token_id", None),
@@ -94,6 +112,10 @@ class BPOTrainer(Trainer):
         # For each packed sequence since the last log: name -> (sum, count).
         self._metrics: dict[str, list[dict[str, tuple]]] = {"train": [], "eval": []}
         self._num_train_tokens = 0
+        self._guard = FiniteGuard()
+        self._start_difference: float | None = None
+        if args.ddp_broadcast_buffers is None:
+            args.ddp_broadcast_buffers = False  # frozen ones, which no rank changes
         super().__init__(
             model=model,
             args=args,
@@ -106,12 +128,100 @@ class BPOTrainer(Trainer):
         )
 
     def _set_signature_columns_if_needed(self):
-        self._signature_columns = ["images", "image", "prompt", "chosen", "rejected"]
+        self._signature_columns = [*EXAMPLE_COLUMNS, "number"]
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> TrainOutput:
+        """Train, after every example and the model's packed forward were checked; see `transformers.Trainer.train`.
+
+        Args:
+            resume_from_checkpoint: a checkpoint of this trainer, or True for the newest one in `output_dir` that is
+                whole. One at its run's last step is loaded, and nothing is trained.
+
+        Raises:
+            ValueError: a damaged checkpoint, no usable example, no step to train, a model whose packed forward is not
+                its own forward, or a loss that is not finite.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"resume_from_checkpoint: found no whole checkpoint in '{self.args.output_dir}', expected one; "
+                    "leave it out to start anew."
+                )
+        elif resume_from_checkpoint:
+            check_checkpoint(resume_from_checkpoint)
+        self._use_checked_examples()
+        _check_num_steps(self.args, len(self.train_dataset))
+        if resume_from_checkpoint:
+            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint, TRAINER_STATE_NAME)))
+            if state.global_step >= state.max_steps:
+                self._load_from_checkpoint(resume_from_checkpoint)
+                self.state = state
+                return TrainOutput(state.global_step, 0.0, {})
+        first = range(min(self.args.per_device_train_batch_size, len(self.train_dataset)))
+        examples = [self.train_dataset[number] for number in first]
+        self._start_difference = check_packed_forward(self.model, self.data_collator, examples)
+        output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        self._guard.check()
+        return output
+
+    def _use_checked_examples(self):
+        """Leave out the training examples that cannot be used, or raise for them with `args.strict`."""
+        if isinstance(self.train_dataset, Examples):
+            return
+        options = {"strict": self.args.strict, "cache_file": Path(self.args.output_dir, CHECKED_FILE)}
+        # The first process checks and keeps what it found; the others read that.
+        with self.args.main_process_first(desc="checking the pairs"):
+            bad = check_pairs(self.train_dataset, self.data_collator, **options)
+        if bad and self.is_world_process_zero():
+            listed = Path(self.args.output_dir, UNUSABLE_FILE)
+            write_jsonl(listed, map(asdict, bad))
+            print(
+                f"{len(bad):,} of {len(self.train_dataset):,} pairs cannot be used and are left out, see {listed}; "
+                f"the first is row {bad[0].number}: {bad[0].reason}"
+            )
+        left_out = {pair.number for pair in bad}
+        kept = [number for number in range(len(self.train_dataset)) if number not in left_out]
+        self.train_dataset = Examples(self.train_dataset, kept)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """One backward pass per packed sequence; each one's loss is its share of the batch's mean."""
         step = super().training_step
-        return sum(step(model, {"sequence": sequence}) for sequence in inputs["sequences"])
+        *others, last = inputs["sequences"]
+        # Ranks may have different numbers of sequences: gradients are exchanged once, at the last.
+        with self.accelerator.no_sync(model) if others else nullcontext():
+            losses = [step(model, {"sequence": sequence}) for sequence in others]
+        return sum([*losses, step(model, {"sequence": last})])
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self.state.global_step == self._initial_global_step:
+            check_gradients(self.model)
+        # A loss scaler skips a step whose gradients overflow by itself.
+        self._guard.end_step(self.state.global_step + 1, None if self.accelerator.scaler is not None else norm)
+        return norm
+
+    def _save_checkpoint(self, model, trial):
+        """A checkpoint that is whole or not there; older ones are removed when it is whole, and not before."""
+        self._guard.check()
+        folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                seal_checkpoint(folder)
+        # torch.save reports a full disk as a RuntimeError.
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise OSError(
+                f"{folder}: found that it cannot be written ({str(error).splitlines()[0]}), expected room and leave "
+                "to write there; the checkpoints before it are whole, and the same command resumes from the last."
+            ) from error
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """A packed sequence's share of the batch's loss; see `transformers.Trainer.compute_loss`."""
@@ -120,6 +230,7 @@ class BPOTrainer(Trainer):
         loss, metrics = compute(model, sequence)
         self._metrics["train" if model.training else "eval"].append(metrics)
         if model.training:
+            self._guard.add_loss(sequence.numbers, loss)
             self._num_train_tokens += sequence.packing.num_unshared_tokens
         return (loss, metrics) if return_outputs else loss
 
@@ -190,6 +301,8 @@ class BPOTrainer(Trainer):
             for name, total, count in zip(names, sums[::2], sums[1::2], strict=True):
                 logs[prefix + name] = total / max(1.0, count)
             logs[prefix + "num_tokens"] = int(num_tokens)
+        if mode == "train" and self._start_difference is not None:
+            logs["packed_forward_difference"], self._start_difference = self._start_difference, None
         super().log(logs, start_time)
 
 
@@ -205,17 +318,21 @@ def _float64(number: torch.Tensor | int, device: torch.device) -> torch.Tensor:
     return torch.full((), number, dtype=torch.float64, device=device)
 
 
-def _check_columns(name: str, dataset, responses: tuple[str, ...]) -> None:
-    columns = getattr(dataset, "column_names", None)
-    if columns is None:
-        if dataset is None and name == "train_dataset":
-            raise ValueError("train_dataset: found None, expected preference pairs; see bpo_fast.data.")
-        return
-    missing = [column for column in ("prompt", *responses) if column not in columns]
-    if not {"images", "image"} & set(columns):
-        missing.append("images")
-    if missing:
+def _check_devices(args: BPOConfig) -> None:
+    if args.n_gpu > 1:
         raise ValueError(
-            f"{name}: found columns {sorted(columns)}, expected {missing} too; TRL's vision preference columns are "
-            "images, prompt, chosen, rejected."
+            f"CUDA_VISIBLE_DEVICES: found {args.n_gpu} GPUs in one process, expected one a process, since packed "
+            f"sequences cannot be scattered; start it by 'torchrun --nproc_per_node {args.n_gpu} -m bpo_fast train "
+            "...', or set CUDA_VISIBLE_DEVICES=0."
+        )
+
+
+def _check_num_steps(args: BPOConfig, num_examples: int) -> None:
+    if args.max_steps <= 0 and args.num_train_epochs <= 0:
+        raise ValueError(f"num_train_epochs: found {args.num_train_epochs}, expected above 0, or max_steps above 0.")
+    batch = args.per_device_train_batch_size * args.world_size
+    if args.dataloader_drop_last and num_examples < batch:
+        raise ValueError(
+            f"per_device_train_batch_size: found batches of {batch} for {num_examples} pairs, expected at least one "
+            "whole batch with dataloader_drop_last; lower it, or leave dataloader_drop_last out."
         )

@@ -229,40 +229,43 @@ def test_killed_and_resumed_gives_the_same_bits(tmp_path):
 
 RANK = """
 import json, sys
+import torch
 sys.path[:0] = [{tests!r}, {tests!r} + "/train"]
-from test_trainer import history, run
-trainer = run({folder!r}, max_steps=5, per_device_train_batch_size=2)
+from test_trainer import BPOTrainer, history, run
+
+class Counting(BPOTrainer):
+    counts = []
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.counts.append(len(inputs["sequences"]))
+        return super().training_step(model, inputs, num_items_in_batch)
+
+options = dict(max_steps=5, per_device_train_batch_size=2, token_budget={token_budget})
+trainer = run({folder!r}, trainer_class=Counting, **options)
+counts = [None, None]
+torch.distributed.all_gather_object(counts, Counting.counts)
 if trainer.is_world_process_zero():
-    json.dump([history(trainer, name) for name in ("loss", "grad_norm", "rewards/margins")], open({answer!r}, "w"))
+    values = [history(trainer, name) for name in ("loss", "grad_norm", "rewards/margins")]
+    json.dump([counts, values], open({answer!r}, "w"))
 """
 
 
-def test_two_processes_train_as_one(tmp_path):
+@pytest.mark.parametrize("token_budget", [None, 52])
+def test_two_processes_train_as_one(tmp_path, token_budget):
+    """A budget gives the ranks different numbers of packed sequences, and gradients are exchanged once a step."""
     alone = run(tmp_path / "alone", max_steps=5, per_device_train_batch_size=4)
     script = tmp_path / "rank.py"
     places = {"tests": TESTS, "folder": str(tmp_path / "two"), "answer": str(tmp_path / "answer")}
+    places["token_budget"] = token_budget
     script.write_text(RANK.format(**places))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     finished = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert finished.returncode == 0, finished.stderr[-2000:]
     names = ("loss", "grad_norm", "rewards/margins")
-    for name, values in zip(names, json.loads((tmp_path / "answer").read_text()), strict=True):
+    (first, second), histories = json.loads((tmp_path / "answer").read_text())
+    assert (first != second) == (token_budget is not None)
+    for name, values in zip(names, histories, strict=True):
         assert values == pytest.approx(history(alone, name), rel=1e-4, abs=1e-5), name
-
-
-def test_half_written_checkpoints_are_passed_over(tmp_path):
-    assert last_complete_checkpoint(tmp_path / "nothing") is None
-    for step, state in (
-        (2, json.dumps({"global_step": 2})),
-        (10, json.dumps({"global_step": 10})),
-        (12, '{"glob'),
-        (14, None),
-    ):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        if state is not None:
-            (folder / "trainer_state.json").write_text(state)
-    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
 
 
 @pytest.mark.parametrize(

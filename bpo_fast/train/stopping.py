@@ -1,0 +1,69 @@
+"""SIGTERM and Ctrl-C end a training after the step at hand, with a checkpoint."""
+
+import signal
+import sys
+import threading
+from types import FrameType
+
+import torch
+from transformers import TrainerCallback
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal has ended a run in good order; says where it goes on.
+
+    Attributes:
+        signal: that came.
+    """
+
+    def __init__(self, number: signal.Signals, where: str):
+        super().__init__(where)
+        self.signal = number
+
+
+class StopOnSignal(TrainerCallback):
+    """While the block runs, the first signal asks for a checkpoint and the end, and the second ends at once.
+
+    Where several processes train together they agree on it after each step: a signal to one of them stops all.
+
+    Attributes:
+        signal: the signal that came, or None.
+    """
+
+    def __init__(self):
+        self.signal: signal.Signals | None = None
+        self._previous = {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None):
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number)
+        print(
+            f"\n{self.signal.name}: saving a checkpoint after this step; send it again to stop at once.",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        stop = self.signal is not None
+        if args.world_size > 1:
+            flag = torch.tensor([float(stop)], device=args.device)
+            torch.distributed.all_reduce(flag)
+            stop = bool(flag)
+            if stop and self.signal is None:
+                self.signal = signal.SIGTERM
+        if stop:
+            control.should_save = True
+            control.should_training_stop = True
+        return control
