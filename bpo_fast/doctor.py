@@ -15,8 +15,8 @@ from bpo_fast.ops.noise import native
 _IMPORTED = ("torch", "transformers", "peft", "accelerate", "datasets")
 # Distribution, import name, what it is for, the line that installs it.
 _OPTIONAL = (
-    ("bitsandbytes", "bitsandbytes", "4-bit base models (QLoRA)", "pip install 'bpo-fast[qlora]'"),
-    ("flash-attn", "flash_attn", "FlashAttention's own variable-length kernels", "pip install 'bpo-fast[flash]'"),
+    ("bitsandbytes", "bitsandbytes", "4-bit base models (QLoRA)", "pip install 'bitsandbytes>=0.48'"),
+    ("flash-attn", "flash_attn", "FlashAttention's own variable-length kernels", "pip install 'flash-attn>=2.8'"),
 )
 
 

@@ -126,7 +126,7 @@ def build(hook, source, output, **environment):
 def wheel(tmp_path_factory):
     """A wheel without the CUDA half, built from an sdist that was built from a copy of the sources."""
     if find_spec("pybind11") is None or find_spec("setuptools") is None:
-        pytest.skip("needs pybind11 and setuptools: pip install 'bpo-fast[dev]'")
+        pytest.skip("needs pybind11 and setuptools: pip install pybind11 setuptools")
     folder = tmp_path_factory.mktemp("packaging")
     for name in ("sdist", "wheel"):
         (folder / name).mkdir()

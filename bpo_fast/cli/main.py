@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from bpo_fast import __version__
 from bpo_fast.cli.parser import Parser
-from bpo_fast.cli.quiet import quiet
+from bpo_fast.cli.quiet import end_bars, quiet
+from bpo_fast.runs.numbers import SEED, check_numbers
 
 
 @quiet()
@@ -41,11 +43,21 @@ def bootstrap(argv: Sequence[str]) -> None:
 @quiet()
 def train(argv: Sequence[str]) -> None:
     """Train an adapter on preference pairs, or on their chosen answers with --loss_type sft."""
+    from bpo_fast.cli.help import train_groups
     from bpo_fast.cli.options import TrainArguments
     from bpo_fast.cli.recipe import carried_options, parse_arguments
+    from bpo_fast.losses.config import LOSS_OPTIONS
     from bpo_fast.train.config import BPOConfig
+    from bpo_fast.train.options import REFUSED
 
-    arguments, config = parse_arguments([TrainArguments, BPOConfig], argv, command="train", description=train.__doc__)
+    arguments, config = parse_arguments(
+        [TrainArguments, BPOConfig],
+        argv,
+        command="train",
+        description=train.__doc__,
+        groups=train_groups(LOSS_OPTIONS),
+        hidden=REFUSED,
+    )
     from peft import LoraConfig
 
     from bpo_fast.train.run import train as train_adapter
@@ -109,12 +121,33 @@ def _without(options: dict, *names: str) -> dict:
 
 
 @quiet()
+def merge(argv: Sequence[str]) -> None:
+    """Put an adapter into its model's weights, for programs that load no adapters."""
+    from bpo_fast.cli.options import MergeArguments
+    from bpo_fast.cli.recipe import parse_arguments
+
+    (arguments,) = parse_arguments([MergeArguments], argv, command="merge", description=merge.__doc__)
+    from bpo_fast.models.merge import merge_adapter
+
+    merge_adapter(arguments.model_name_or_path, arguments.adapter, arguments.output_dir, dtype=arguments.dtype)
+    where = ("--questions", "QUESTIONS", "--image_folder", "IMAGES", "--output_dir", "SCORES")
+    print(
+        f"Model in {arguments.output_dir}.",
+        _next("evaluate", "--model_name_or_path", arguments.output_dir, "--kind", "pope", *where),
+    )
+
+
+@quiet()
 def demo(argv: Sequence[str]) -> None:
     """Run the whole method on a miniature world and write a report."""
     parser = Parser(prog="bpo-fast demo", description=demo.__doc__, allow_abbrev=False)
-    parser.add_argument("--output_dir", default="bpo-demo", help="Folder of run and report (default: %(default)s).")
+    parser.add_argument(
+        "--output_dir", default="bpo_output/demo", help="Folder of run and report (default: %(default)s)."
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="Random seeds, one run each (default: 0).")
     arguments = parser.parse_args(argv)
+    for seed in arguments.seeds:
+        check_numbers(argparse.Namespace(seed=seed), {"seed": SEED})
     from bpo_fast.demo import pipeline
 
     pipeline.run(arguments.output_dir, seeds=tuple(arguments.seeds))
@@ -132,7 +165,7 @@ def doctor(argv: Sequence[str]) -> int:
     return run()
 
 
-COMMANDS = {command.__name__: command for command in (bootstrap, train, evaluate, demo, doctor)}
+COMMANDS = {command.__name__: command for command in (bootstrap, train, evaluate, merge, demo, doctor)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -148,6 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog=f"commands:\n{summaries}\n\nbpo-fast COMMAND --help lists the options of a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"bpo-fast {__version__}")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
     parser.add_argument("options", nargs=argparse.REMAINDER, metavar="...", help=argparse.SUPPRESS)
@@ -157,11 +191,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         traceback = arguments.traceback
         return COMMANDS[arguments.command](arguments.options) or 0
     except KeyboardInterrupt as stopped:
+        end_bars()
         where = str(stopped) or "the same command resumes where this one stopped."
         print(f"bpo-fast: interrupted; {where}", file=sys.stderr)
         return 128 + getattr(stopped, "signal", signal.SIGINT)
     # A mistake of the user, or something that this machine lacks, with a sentence that says what to do.
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        end_bars()
         if traceback:
             raise
         print(f"bpo-fast: error: {error}", file=sys.stderr)

@@ -1,16 +1,21 @@
 """The options of each command: name, type, default, choices and help, each written once.
 
-What a library module keeps as a table (noise targets, schedules, scorers) comes from there: an entry added to such a
-table is a choice of the command.
+What a library module keeps as a table (noise targets, schedules, scorers) comes from there by way of `cli.names`: an
+entry added to such a table is a choice of the command.
 """
 
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field
-from typing import Any
+from importlib import resources
+from typing import Any, ClassVar
 
-from bpo_fast.evaluate.run import SCORERS
-from bpo_fast.models.lora import LORA_TARGET_MODULES
-from bpo_fast.models.weaken import SCHEDULES, TARGETS
+from bpo_fast.cli.names import LORA_TARGET_MODULES, NOISE_TARGETS, SCHEDULES, SCORERS
+from bpo_fast.runs.numbers import COUNT, POSITIVE, SEED, SHARE, Range, check_numbers
+
+# Where a command writes when it is told nowhere: the commands' folders lie beside each other.
+OUTPUT_ROOT = "bpo_output"
+# A path below the installed package, as recipes that come with it need it: "package:demo/checkpoint".
+PACKAGE_PREFIX = "package:"
 
 
 def _option(text: str, *, default: Any = MISSING, choices: Iterable[str] = ()) -> Any:
@@ -18,37 +23,67 @@ def _option(text: str, *, default: Any = MISSING, choices: Iterable[str] = ()) -
     return field(default=default, metadata={"help": text} | ({"choices": list(choices)} if choices else {}))
 
 
+def _output_dir(command: str, text: str) -> Any:
+    return _option(text, default=f"{OUTPUT_ROOT}/{command}")
+
+
 @dataclass(kw_only=True)
-class SharedArguments:
-    """Options of every command that runs a model."""
+class ModelArguments:
+    """Options of every command that reads a model."""
+
+    NUMBERS: ClassVar[dict[str, Range]] = {}
 
     model_name_or_path: str = _option("Model id on the Hugging Face Hub, or folder written by save_pretrained.")
-    image_folder: str | None = _option(
-        "Folder that image paths are relative to; by default the one that the pairs name.", default=None
-    )
     dtype: str = _option(
         "Data type of the model's weights; auto keeps the checkpoint's.",
         default="auto",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
+
+    def __post_init__(self):
+        check_numbers(self, self.NUMBERS)
+        if self.model_name_or_path.startswith(PACKAGE_PREFIX):
+            inside = self.model_name_or_path.removeprefix(PACKAGE_PREFIX)
+            self.model_name_or_path = str(resources.files("bpo_fast") / inside)
+
+
+@dataclass(kw_only=True)
+class SharedArguments(ModelArguments):
+    """Options of every command that runs a model."""
+
+    image_folder: str | None = _option(
+        "Folder that image paths are relative to; by default the one that the pairs name.", default=None
+    )
     quantization: str = _option(
         "nf4 loads the language model in 4 bits and needs bitsandbytes.", default="none", choices=("none", "nf4")
     )
+    trust_remote_code: bool = _option("Run Python code that comes with the model; read it first.", default=False)
 
-    def load_options(self) -> dict[str, str | None]:
+    def load_options(self) -> dict[str, str | bool | None]:
         """Keyword arguments for `bpo_fast.models.load.load_model`."""
-        return {"dtype": self.dtype, "quantization": None if self.quantization == "none" else self.quantization}
+        quantization = None if self.quantization == "none" else self.quantization
+        return {"dtype": self.dtype, "quantization": quantization, "trust_remote_code": self.trust_remote_code}
 
 
 @dataclass(kw_only=True)
 class BootstrapArguments(SharedArguments):
     """Options of `bpo-fast bootstrap`, most of them arguments of `bpo_fast.bootstrap.bootstrap`."""
 
+    NUMBERS: ClassVar[dict[str, Range]] = {
+        "seed": SEED,
+        "max_new_tokens": COUNT,
+        "batch_size": COUNT,
+        "temperature": POSITIVE,
+        "top_p": Range("a number above 0 and at most 1", lambda x: 0 < x <= 1),
+        "max_response_words": COUNT,
+        "max_samples": COUNT,
+    }
+
     annotations: str = _option("Annotation file in LLaVA-Instruct format.")
     image_folder: str = _option("Folder that the image paths of the annotations are relative to.")
-    output_dir: str = _option("Output folder for the pairs; an interrupted run resumes in it.")
+    output_dir: str = _output_dir("bootstrap", "Output folder for the pairs; a run resumes in it.")
     adapter: str | None = _option("LoRA adapter to load on the model.", default=None)
-    noise_target: str = _option("Tensor that the noise is added to.", default="features", choices=TARGETS)
+    noise_target: str = _option("Tensor that the noise is added to.", default="features", choices=NOISE_TARGETS)
     noise_step: int | None = _option("Noise schedule step, 0 to 999; null adds no noise.", default=500)
     schedule: str = _option("Noise schedule.", default="sigmoid", choices=SCHEDULES)
     seed: int = _option("Random seed of noise, sampling and the choice of records.", default=0)
@@ -69,31 +104,72 @@ class BootstrapArguments(SharedArguments):
 class TrainArguments(SharedArguments):
     """Options of `bpo-fast train` beside those of `BPOConfig`."""
 
+    NUMBERS: ClassVar[dict[str, Range]] = {
+        "lora_r": COUNT,
+        "lora_alpha": COUNT,
+        "lora_dropout": SHARE,
+        "eval_fraction": Range("a number between 0 and 1", lambda x: 0 < x < 1),
+    }
+
     dataset: str = _option(
         "Preference pairs: folder written by bpo-fast bootstrap, JSON or JSON-lines file, or folder written by "
         "Dataset.save_to_disk."
     )
-    eval_dataset: str | None = _option("x", default=None)
-    eval_fraction: float | None = _option("x", default=None)
+    eval_dataset: str | None = _option("Pairs to evaluate on during training, as for --dataset.", default=None)
+    eval_fraction: float | None = _option(
+        "Share of the pairs that is held out of training to evaluate on, drawn by the seed.", default=None
+    )
     lora_r: int = _option("LoRA rank.", default=64)
     lora_alpha: int = _option("LoRA scale: the adapter's output is multiplied by lora_alpha / lora_r.", default=128)
-    lora_dropout: float = _option("Dropout on the adapter's input.", default=0.0)
+    lora_dropout: float = _option("Dropout on the adapter's input; needs --disable_dropout false.", default=0.0)
     lora_target_modules: list[str] | None = _option(  # noqa: RUF009 - a field, no shared list
-        f"Linear layers of the language model that get an adapter; null takes {', '.join(LORA_TARGET_MODULES)}.",
+        "Linear layers of the language model that get an adapter, or all-linear; null takes "
+        f"{', '.join(LORA_TARGET_MODULES)}.",
         default=None,
     )
+
+    def check_with(self, config: Any) -> None:
+        """Refuse what has no effect together with the command's `BPOConfig`.
+
+        Raises:
+            ValueError: an option that needs another one, or two of which one is enough.
+        """
+        if self.lora_dropout and config.disable_dropout:
+            raise ValueError(
+                f"lora_dropout: found {self.lora_dropout} with disable_dropout true, expected 0; set disable_dropout "
+                "to false."
+            )
+        given = [name for name in ("eval_dataset", "eval_fraction") if getattr(self, name) is not None]
+        if len(given) == 2:
+            raise ValueError("eval_fraction: found it beside eval_dataset, expected one of them; leave one out.")
+        evaluates = config.eval_strategy != "no" or config.eval_on_start
+        if given and not evaluates:
+            raise ValueError(
+                f"{given[0]}: found {getattr(self, given[0])!r} with eval_strategy 'no', expected None; set "
+                "eval_strategy to 'steps' or 'epoch'."
+            )
+        if evaluates and not given:
+            name, value = ("eval_strategy", config.eval_strategy.value)
+            if value == "no":
+                name, value = "eval_on_start", True
+            raise ValueError(
+                f"{name}: found {value!r} without pairs to evaluate on, expected some; give eval_dataset or "
+                "eval_fraction."
+            )
 
 
 @dataclass(kw_only=True)
 class EvaluateArguments(SharedArguments):
     """Options of `bpo-fast evaluate`, most of them arguments of `bpo_fast.evaluate.run.evaluate`."""
 
+    NUMBERS: ClassVar[dict[str, Range]] = {"max_new_tokens": COUNT, "batch_size": COUNT}
+
     questions: str = _option(
         "Question file: JSON list of {id, image, question} and "
-        f"{' or '.join(f'{scorer.truth} (for {kind})' for kind, scorer in SCORERS.items())}."
+        f"{' or '.join(f'{scorer.truth} (for {kind})' for kind, scorer in SCORERS.items())}; POPE's own files too."
     )
     image_folder: str = _option("Folder that the image paths of the questions are relative to.")
-    output_dir: str = _option("Output folder for answers and scores; an interrupted run resumes in it.")
+    output_dir: str = _output_dir("evaluate", "Output folder for answers and scores; a run resumes in it.")
     kind: str = _option("Scorer.", choices=SCORERS)
     adapter: str | None = _option("LoRA adapter to load on the model.", default=None)
     synonyms: str | None = _option(
@@ -103,3 +179,11 @@ class EvaluateArguments(SharedArguments):
     )
     max_new_tokens: int = _option("Maximum number of tokens in an answer.", default=512)
     batch_size: int = _option("Number of questions in a batch.", default=8)
+
+
+@dataclass(kw_only=True)
+class MergeArguments(ModelArguments):
+    """Options of `bpo-fast merge`, the arguments of `bpo_fast.models.merge.merge_adapter`."""
+
+    adapter: str = _option("LoRA adapter that bpo-fast train wrote.")
+    output_dir: str = _output_dir("merge", "Output folder for the model with the adapter in its weights.")

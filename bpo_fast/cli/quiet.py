@@ -1,5 +1,6 @@
 """Keeps from the screen what libraries say and a user can do nothing about, and that alone."""
 
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,3 +35,10 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.set_tqdm_hook(previous)
+
+
+def end_bars() -> None:
+    """Close the progress bars that an error has left open, so that what is printed next begins a line."""
+    tqdm = sys.modules.get("tqdm.std")
+    for bar in list(getattr(tqdm.tqdm, "_instances", ())) if tqdm else ():
+        bar.close()

@@ -1,7 +1,8 @@
 """A run written down: YAML recipes, and the command line's options over them.
 
 A recipe has a section for each command, whose keys are the command's options; keys outside the sections are options
-that all commands share. An option on the command line wins over the recipe. `null` is None, in both.
+that all commands share. An option on the command line wins over the recipe. `null` is None, in both, for the options
+that may be None.
 
     model_name_or_path: llava-hf/llava-1.5-7b-hf
     bootstrap:
@@ -11,21 +12,21 @@ that all commands share. An option on the command line wins over the recipe. `nu
 """
 
 import difflib
-import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-import yaml
 from transformers import HfArgumentParser
 
 from bpo_fast.cli.options import SharedArguments
 from bpo_fast.cli.parser import HelpFormatter, Parser
+from bpo_fast.cli.values import described, fits, remedy, shown, to_field
+from bpo_fast.cli.yaml_file import read_yaml
 
-SECTIONS = ("bootstrap", "train", "evaluate")
+SECTIONS = ("bootstrap", "train", "evaluate", "merge")
 
 
 class _Parser(Parser, HfArgumentParser):
@@ -33,7 +34,13 @@ class _Parser(Parser, HfArgumentParser):
 
 
 def parse_arguments(
-    argument_classes: Sequence[type], argv: Sequence[str], *, command: str, description: str | None = None
+    argument_classes: Sequence[type],
+    argv: Sequence[str],
+    *,
+    command: str,
+    description: str | None = None,
+    groups: Mapping[str, Mapping[str, str | None]] | None = None,
+    hidden: Collection[str] = (),
 ) -> tuple:
     """Options of a command, from its recipe and its command line.
 
@@ -43,6 +50,7 @@ def parse_arguments(
             the package.
         command: name of the command, which is the recipe's section.
         description: what the command does, for its help.
+        groups, hidden: of a long help, see `Parser.group`; by default it shows every option.
 
     Returns:
         An instance of each class.
@@ -65,6 +73,7 @@ def parse_arguments(
     parser = _Parser(
         argument_classes,
         prog=f"bpo-fast {command}",
+        usage=f"bpo-fast {command} [--config RECIPE] [--OPTION VALUE ...]",
         description=description,
         allow_abbrev=False,
         formatter_class=HelpFormatter,
@@ -72,24 +81,38 @@ def parse_arguments(
     parser.add_argument(
         "--config", help=f"YAML recipe: a file, or one of {', '.join(_packaged())}. Options of the command line win."
     )
-    names = {item.name for argument_class in argument_classes for item in fields(argument_class) if item.init}
+    if groups:
+        parser.group(groups, hidden)
+    hints = {
+        item.name: get_type_hints(argument_class)[item.name]
+        for argument_class in argument_classes
+        for item in fields(argument_class)
+        if item.init
+    }
     config, argv = _take_config(argv)
-    values = _read_recipe(config, command, names) if config else {}
-    values = {name: value for name, value in values.items() if name not in _given(argv)}
     nulls, argv = _take_nulls(argv)
-    nulls |= {name for name, value in values.items() if value is None}
-    for name in nulls - names:
-        raise ValueError(_unknown(f"--{name}", f"an option of '{command}'", name, names))
+    for name in nulls:
+        _check_name(f"--{name}", name, hints, command)
+        _check_null(f"--{name}", hints[name])
+    values = _read_recipe(config, command, hints, parser) if config else {}
+    for action in parser._actions:
+        # What stands in the recipe may be missing on the command line.
+        action.required = action.required and action.dest not in values
+    parser.set_defaults(**{name: to_field(value, hints[name]) for name, value in values.items()})
     parser.set_defaults(**dict.fromkeys(nulls))
-    recipe_argv = [token for name, value in values.items() if value is not None for token in _tokens(name, value)]
     *arguments, _, rest = parser.parse_args_into_dataclasses(
-        recipe_argv + argv, return_remaining_strings=True, look_for_args_file=False
+        argv, return_remaining_strings=True, look_for_args_file=False
     )
     if rest:
         if not rest[0].startswith("--"):
             raise ValueError(f"{command}: found {rest[0]!r} by itself, expected options as --name value.")
         name = rest[0].removeprefix("--").partition("=")[0].replace("-", "_")
-        raise ValueError(_unknown(f"--{name}", f"an option of '{command}'", name, names))
+        _check_name(f"--{name}", name, hints, command)
+    for options in arguments:
+        _check_empty(options)
+    first, *others = arguments
+    if others:
+        first.check_with(*others)
     return tuple(arguments)
 
 
@@ -102,8 +125,8 @@ def carried_options(argv: Sequence[str]) -> list[str]:
     shared = {"config", *(item.name for item in fields(SharedArguments))} - {"image_folder"}
     carried = []
     for token, value in zip(argv, [*argv[1:], ""], strict=True):
-        if _given([token]) & shared:
-            carried += [token] if "=" in token else [token, value]
+        if token.startswith("--") and token[2:].partition("=")[0].replace("-", "_") in shared:
+            carried += [token] if "=" in token or value.startswith("--") or not value else [token, value]
     return carried
 
 
@@ -115,21 +138,19 @@ def _take_config(argv):
         if name != "--config":
             rest.append(token)
             continue
+        if config:
+            raise ValueError("--config: found it twice, expected one recipe.")
         config = value if equals else next(tokens, None)
         if not config:
             raise ValueError("--config: found no value, expected a recipe.")
     return config, rest
 
 
-def _given(argv):
-    return {token[2:].partition("=")[0].replace("-", "_") for token in argv if token.startswith("--")}
-
-
 def _take_nulls(argv):
     """The options that are set to null, and the command line without them."""
     nulls, rest = set(), []
     for token in argv:
-        if token == "null" and rest and rest[-1].startswith("--"):
+        if token == "null" and rest and rest[-1].startswith("--") and "=" not in rest[-1]:
             nulls.add(rest.pop()[2:].replace("-", "_"))
         elif token.startswith("--") and token.endswith("=null"):
             nulls.add(token[2 : -len("=null")].replace("-", "_"))
@@ -138,47 +159,48 @@ def _take_nulls(argv):
     return nulls, rest
 
 
-def _tokens(name, value):
-    """A recipe's value as the command line would give it, so that both go through the same checks."""
-    if isinstance(value, list):
-        return [f"--{name}", *map(str, value)]
-    return [f"--{name}={json.dumps(value) if isinstance(value, dict | bool) else value}"]
-
-
-def _read_recipe(config: str, command: str, names: Collection[str]) -> dict[str, Any]:
-    packaged = _packaged()
-    path = Path(config) if Path(config).is_file() else packaged.get(config)
-    if path is None:
-        raise FileNotFoundError(
-            f"--config: found no file '{config}', expected a file or one of {', '.join(packaged)}."
-        )
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ValueError(f"{path}: found {error.problem}{where}, expected YAML.") from None
-    if not isinstance(recipe, dict):
-        raise ValueError(f"{path}: found a {type(recipe).__name__}, expected a map from options to values.")
+def _read_recipe(config: str, command: str, hints: Mapping[str, Any], parser: Parser) -> dict[str, Any]:
+    path = _find_recipe(config)
+    recipe = read_yaml(path)
+    if not isinstance(recipe, dict | None):
+        raise ValueError(f"{path}: found {shown(recipe)}, expected a map from options to values.")
     shared = {item.name for item in fields(SharedArguments)}
-    values = {}
-    for key, value in recipe.items():
+    values, places = {}, {}
+    for key, value in (recipe or {}).items():
         if key in SECTIONS:
             if not isinstance(value, dict | None):
-                raise ValueError(f"{path}, section '{key}': found {value!r}, expected a map from options to values.")
+                raise ValueError(
+                    f"{path}, section '{key}': found {shown(value)}, expected a map from options to values."
+                )
         elif key in shared:
-            values[key] = value
-        elif key in names:
+            if key in hints:  # not every command has every one
+                values[key], places[key] = value, f"{path}, '{key}'"
+        elif key in hints:
             raise ValueError(f"{path}, '{key}': found outside a section, expected in one; put it under '{command}:'.")
         else:
             expected = "a section or an option that all commands share"
             raise ValueError(_unknown(f"{path}, '{key}'", expected, key, {*SECTIONS, *shared}))
-    section = recipe.get(command) or {}
-    for key in section:
-        if key not in names:
-            where = f"{path}, section '{command}', '{key}'"
-            raise ValueError(_unknown(where, f"an option of '{command}'", key, names))
-    return values | section
+    for key, value in ((recipe or {}).get(command) or {}).items():
+        where = f"{path}, section '{command}', '{key}'"
+        _check_name(where, key, hints, command)
+        values[key], places[key] = value, where
+    choices = {action.dest: action.choices for action in parser._actions if action.choices}
+    for key, value in values.items():
+        _check_value(places[key], value, hints[key], choices.get(key))
+    return values
+
+
+def _find_recipe(config: str) -> Path | Traversable:
+    packaged = _packaged()
+    try:
+        if Path(config).is_file():
+            return Path(config)
+        found = f"the folder '{config}'" if Path(config).is_dir() else f"no file '{config}'"
+    except OSError as error:  # a name that is too long
+        raise ValueError(f"--config: found a name that is no file's ({error.strerror}), expected a recipe.") from None
+    if config in packaged:
+        return packaged[config]
+    raise FileNotFoundError(f"--config: found {found}, expected a file or one of {', '.join(packaged)}.")
 
 
 def _packaged() -> dict[str, Traversable]:
@@ -186,6 +208,32 @@ def _packaged() -> dict[str, Traversable]:
     folder = resources.files("bpo_fast") / "recipes"
     entries = sorted(folder.iterdir(), key=lambda entry: entry.name) if folder.is_dir() else []
     return {entry.name.removesuffix(".yaml"): entry for entry in entries if entry.name.endswith(".yaml")}
+
+
+def _check_name(where: str, name: str, names: Collection[str], command: str) -> None:
+    if name not in names:
+        raise ValueError(_unknown(where, f"an option of '{command}'", name, names))
+
+
+def _check_null(where: str, hint: Any) -> None:
+    if not fits(None, hint):
+        raise ValueError(f"{where}: found null, expected {described(hint)}; leave it out for its default.")
+
+
+def _check_value(where: str, value: Any, hint: Any, choices: Collection[str] | None) -> None:
+    if value is None:
+        _check_null(where, hint)
+    elif not fits(value, hint):
+        raise ValueError(f"{where}: found {shown(value)}, expected {described(hint)}{remedy(value, hint)}.")
+    elif choices and value not in choices:
+        raise ValueError(f"{where}: found {value!r}, expected one of {', '.join(map(repr, choices))}.")
+
+
+def _check_empty(options: object) -> None:
+    for item in fields(options):
+        value = getattr(options, item.name)
+        if item.default != "" and (value == "" or (isinstance(value, list) and "" in value)):
+            raise ValueError(f"{item.name}: found an empty text, expected a value; leave it out for its default.")
 
 
 def _unknown(where: str, expected: str, name: object, names: Collection[str]) -> str:

@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 
 from bpo_fast.losses.config import LOSS_OPTIONS, LossConfig
 from bpo_fast.losses.table import losses_that
+from bpo_fast.train.options import check_options
 
 _TYPES = get_type_hints(LossConfig)
 
@@ -38,7 +39,11 @@ class BPOConfig(LossOptions, TrainingArguments):
     as `loss_type` is maximum likelihood of the chosen responses, and reads no rejected ones. Losses without a
     reference ("simpo", "cpo", "orpo", "sft") do not run it: rewards are then beta times log-probs.
 
+    Options of transformers that have no effect here, or would break what is promised of a run, are refused by name:
+    `bpo_fast.train.options.REFUSED` says why.
+
     Args:
+        output_dir: folder of the run.
         learning_rate: peak learning rate; the paper trains at 2e-6.
         max_length: most positions of prompt, image and response together; a longer response is cut at its end.
         token_budget: most tokens of one packed sequence. A step whose pairs need more runs several one after the
@@ -47,8 +52,12 @@ class BPOConfig(LossOptions, TrainingArguments):
             network.
         bf16: by default on where a CUDA device computes in it.
         strict: raise for an example that cannot be trained on; by default it is left out and listed in `output_dir`.
+
+    Raises:
+        TypeError, ValueError: an option of the wrong kind, out of its range, without effect, or at odds with another.
     """
 
+    output_dir: str = field(default="bpo_output/train", metadata={"help": "Folder of the run; it resumes in it."})
     learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate; the paper trains at 2e-6."})
     logging_steps: float = field(default=10, metadata={"help": "Update steps between two logs."})
     gradient_checkpointing: bool = field(
@@ -82,6 +91,9 @@ class BPOConfig(LossOptions, TrainingArguments):
             new = old.replace("gradient", "activation")
             if getattr(self, new, False) is None:
                 setattr(self, new, getattr(self, old))
+        if self.report_to is None:
+            self.report_to = "none"
+        check_options(self)
         self.loss_config()
         sorting = losses_that("sorts_batch")
         if self.token_budget is not None and not sorting.isdisjoint(self.loss_type):
@@ -90,6 +102,11 @@ class BPOConfig(LossOptions, TrainingArguments):
                 f"{' and '.join(map(repr, sorted(sorting)))} sort the pairs of a step, which must lie in one sequence."
             )
         super().__post_init__()
+        for name in ("split_batches", "dispatch_batches"):
+            if getattr(self.accelerator_config, name):
+                raise ValueError(
+                    f"accelerator_config: found {name}=True, expected False: every process packs its own pairs."
+                )
 
     def loss_config(self) -> LossConfig:
         """The loss options, checked."""

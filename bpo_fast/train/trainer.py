@@ -44,7 +44,7 @@ class BPOTrainer(Trainer):
 
     Args:
         model: a vision-language model, or the path of one.
-        args: training arguments; `output_dir` "bpo_output" by default.
+        args: training arguments; `BPOConfig()` by default.
         train_dataset: examples with TRL's vision preference columns `images` (or `image`), `prompt`, `chosen`,
             `rejected`.
         eval_dataset: examples of the same form, or a dictionary of such data sets.
@@ -81,7 +81,7 @@ class BPOTrainer(Trainer):
         optimizers: tuple = (None, None),
         peft_config: PeftConfig | None = None,
     ):
-        args = args or BPOConfig(output_dir="bpo_output")
+        args = args or BPOConfig()
         _check_devices(args)
         set_seed(args.seed)  # the adapter's first weights are random
         if isinstance(model, str | Path):

@@ -5,16 +5,21 @@ import subprocess
 import sys
 import warnings
 from dataclasses import fields
+from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import SPECIAL
+from tqdm.auto import tqdm
 
 from bpo_fast.cli import main as cli
+from bpo_fast.cli.options import TrainArguments
 from bpo_fast.losses.config import LOSS_OPTIONS
+from bpo_fast.train.options import REFUSED
 from bpo_fast.train.trainer import BPOConfig, BPOTrainer
 
 BOOTSTRAP = ["--noise_step", "700", "--max_new_tokens", "5", "--batch_size", "2"]
@@ -155,7 +160,7 @@ def test_sft_trains_another_adapter_on_the_same_pairs(world):
     [
         ([], "COMMAND: found nothing, expected a value for each; see bpo-fast --help."),
         (["fly"], "COMMAND: found 'fly', expected one of "),
-        (["bootstrap"], "--model_name_or_path, --image_folder, --annotations, --output_dir: found nothing, expected"),
+        (["bootstrap"], "--model_name_or_path, --image_folder, --annotations: found nothing, expected a value for"),
         (["train", "--config", "none.yaml"], "--config: found no file 'none.yaml', expected a file or one of llava-1"),
         (["train", *RUN, "--dataset", "none"], "dataset: found nothing at 'none', expected preference pairs"),
         (["train", *RUN, "--dataset", "images"], "dataset: found no metadata.json in 'images'"),
@@ -165,7 +170,8 @@ def test_sft_trains_another_adapter_on_the_same_pairs(world):
         (["bootstrap", *RUN, "--adapter", "images"], "adapter: found none that loads in 'images'"),
         (["bootstrap", *RUN, "--model_name_or_path", "none"], "found none that loads in 'none'"),
         (["doctor", "--fast"], "--fast: found no such option, expected one of this command's; see bpo-fast doctor "),
-        (["demo", "--seeds", "a"], "--seeds: found 'a', expected int; see bpo-fast demo --help."),
+        (["demo", "--seeds", "a"], "--seeds: found 'a', expected a whole number; see bpo-fast demo --help."),
+        (["demo", "--seeds", "0", "-1"], "seed: found -1, expected a whole number from 0 to 2**32 - 1."),
         (["demo", "--seeds"], "--seeds: found another number of values, expected at least one argument; see"),
     ],
 )
@@ -198,16 +204,91 @@ def test_demo_and_doctor_are_called(monkeypatch, capsys):
     assert cli.main(["doctor"]) == 1
 
 
-def test_help_needs_no_heavy_import():
+def python(*argv):
+    result = subprocess.run([sys.executable, *argv], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "unused"),
+    [
+        ((), "'torch', 'transformers', 'datasets'"),
+        *((name, "'torch', 'peft', 'datasets'") for name in ("bootstrap", "evaluate", "merge")),
+    ],
+)
+def test_help_needs_no_heavy_import(command, unused):
+    argv = [*([command] if command else []), "--help"]
     code = (
         "import sys; from bpo_fast.cli import main as cli\n"
-        "try:\n    cli.main(['--help'])\n"
+        f"try:\n    cli.main({argv!r})\n"
         "except SystemExit as stop:\n    assert not stop.code\n"
-        "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
+        f"assert not {{{unused}}} & set(sys.modules)"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert all(f"  {name} " in result.stdout for name in cli.COMMANDS)
+    text = python("-c", code)
+    if not command:
+        assert all(f"  {name} " in text for name in cli.COMMANDS)
+
+
+def test_the_module_is_the_command_and_has_a_version():
+    assert python("-m", "bpo_fast", "--version") == f"bpo-fast {version('bpo-fast')}\n"
+
+
+def helped(capsys, *argv):
+    with pytest.raises(SystemExit):
+        cli.main(argv)
+    return capsys.readouterr().out
+
+
+def test_help_of_training_shows_what_is_needed_and_the_rest_on_demand(capsys):
+    first, everything = helped(capsys, "train", "--help"), helped(capsys, "train", "--help_all")
+    own = [item.name for item in fields(TrainArguments)]
+    asked = ["output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "lr_scheduler_type"]
+    asked += ["gradient_accumulation_steps", "warmup_steps", "save_steps", "save_total_limit", "seed", "logging_steps"]
+    asked += ["report_to", "resume_from_checkpoint", "eval_strategy", "learning_rate", "max_length", "token_budget"]
+    for text in (first, everything):
+        assert all(f"  --{name} " in text for name in (*own, *asked, *LOSS_OPTIONS))
+        assert not any(f"  --{name} " in text for name in REFUSED)
+    others = {item.name for item in fields(BPOConfig)} - set(REFUSED)
+    assert all(f"  --{name} " in everything for name in others)
+    assert sum(f"  --{name} " not in first for name in others) > 40
+    assert first.index("adapter:") < first.index("loss:") < first.index("training:") < first.index("checkpoints and logs:")
+    assert len(first.splitlines()) < 170
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "sentence"),
+    [
+        (ValueError("here: found a, expected b."), 2, "bpo-fast: error: here: found a, expected b."),
+        (KeyboardInterrupt(), 130, "bpo-fast: interrupted; the same command resumes where this one stopped."),
+    ],
+)
+def test_what_ends_a_command_begins_a_line_after_its_bar(monkeypatch, capsys, error, status, sentence):
+    def fail(argv):
+        for _ in tqdm(range(2), mininterval=0):
+            raise error
+
+    monkeypatch.setitem(cli.COMMANDS, "demo", fail)
+    assert cli.main(["demo"]) == status
+    assert capsys.readouterr().err.endswith(f"\n{sentence}\n")
+
+
+def test_merge_calls_the_library(monkeypatch, capsys):
+    calls = []
+
+    def merge_adapter(*args, **kwargs):
+        calls.append((args, kwargs))
+
+    monkeypatch.setitem(sys.modules, "bpo_fast.models.merge", SimpleNamespace(merge_adapter=merge_adapter))
+    argv = ["merge", "--model_name_or_path", "m", "--adapter", "a", "--dtype", "float16", "--output_dir", "o"]
+    assert cli.main(argv) == 0
+    assert calls == [(("m", "a", "o"), {"dtype": "float16"})]
+    assert last_line(capsys.readouterr().out) == (
+        "Model in o. Next: bpo-fast evaluate --model_name_or_path o --kind pope --questions QUESTIONS --image_folder "
+        "IMAGES --output_dir SCORES"
+    )
+    assert cli.main(["merge", "--model_name_or_path", "m", "--adapter", "a", "--quantization", "nf4"]) == 2
+    assert "--quantization: found an unknown name, expected an option of 'merge'" in capsys.readouterr().err
 
 
 def test_the_fields_that_decide_a_run_are_fields_of_the_config():

@@ -3,9 +3,11 @@ from pathlib import Path
 
 import pytest
 
-from bpo_fast.cli.options import BootstrapArguments, EvaluateArguments, TrainArguments
+from bpo_fast.cli import names
+from bpo_fast.cli.options import BootstrapArguments, EvaluateArguments, MergeArguments, TrainArguments
 from bpo_fast.cli.recipe import carried_options, parse_arguments
 from bpo_fast.evaluate.run import SCORERS
+from bpo_fast.models.lora import LORA_TARGET_MODULES
 from bpo_fast.models.weaken import SCHEDULES, TARGETS
 from bpo_fast.train.trainer import BPOConfig
 
@@ -66,15 +68,15 @@ def test_options_win_over_the_section_and_the_section_over_the_shared_keys(recip
     config = recipe(
         "model_name_or_path: llava\ndtype: float16\n"
         "bootstrap: {noise_step: 900, batch_size: 4, dtype: bfloat16, temperature: 5e-1, do_sample: true}\n"
-        "train: {learning_rate: 3e-4, lora_target_modules: [q_proj, v_proj], lr_scheduler_kwargs: {a: 1},\n"
-        "  disable_dropout: true}\n"
+        "train: {learning_rate: 3e-4, lora_target_modules: [q_proj, v_proj],\n"
+        "  lr_scheduler_type: cosine_with_min_lr, lr_scheduler_kwargs: {min_lr: 1e-7}, disable_dropout: true}\n"
     )
     arguments = bootstrap(*config, "--batch-size=2")
     assert (arguments.noise_step, arguments.batch_size, arguments.dtype) == (900, 2, "bfloat16")
     assert (arguments.temperature, arguments.do_sample) == (0.5, True)
     arguments, training = train(*config)
     assert (arguments.dtype, arguments.lora_target_modules) == ("float16", ["q_proj", "v_proj"])
-    assert (training.learning_rate, training.lr_scheduler_kwargs) == (3e-4, {"a": 1})
+    assert (training.learning_rate, training.lr_scheduler_kwargs) == (3e-4, {"min_lr": 1e-7})
     arguments, training = train(*config, "--no_disable_dropout", "--lora_target_modules", "o_proj")
     assert (arguments.lora_target_modules, training.disable_dropout) == (["o_proj"], False)
 
@@ -117,13 +119,31 @@ def test_null_is_none_on_either_side(recipe):
         ),
         ("bootstrap: 3", r"recipe\.yaml, section 'bootstrap': found 3, expected a map from options to values\.$"),
         ("- a", r"recipe\.yaml: found a list, expected a map from options to values\.$"),
-        ("a: [1\nb: 2", r"recipe\.yaml: found .* at line 2, column \d+, expected YAML\.$"),
-        ("bootstrap: {noise_step: many}", "^--noise_step: found 'many', expected int; see bpo-fast bootstrap --help"),
-        ("bootstrap: {noise_step: 1.5}", r"^--noise_step: found '1\.5', expected int; see"),
-        ("bootstrap: {noise_step: [1, 2]}", "^bootstrap: found '2' by itself, expected options as --name value"),
         (
-            "bootstrap: {noise_target: image}",
-            "^--noise_target: found 'image', expected one of 'features', 'pixels', 'projected'; see",
+            "bootstrap:\n  seed: 1\n  seed: 2",
+            r"recipe\.yaml, line 3: found 'seed' a second time, the first is in line 2",
+        ),
+        ("model_name_or_path: [a, b]", r"recipe\.yaml, 'model_name_or_path': found a list, expected text\.$"),
+        *(
+            (
+                f"bootstrap: {{{option}}}",
+                rf"recipe\.yaml, section 'bootstrap', '{option.split(':')[0]}': {sentence}\.$",
+            )
+            for option, sentence in [
+                ("noise_step: many", "found the text 'many', expected a whole number or null"),
+                ("noise_step: 1.5", r"found 1\.5, expected a whole number or null"),
+                ("noise_step: true", "found true, expected a whole number or null"),
+                ("noise_step: '3'", "found the text '3', expected a whole number or null; write it without quotes"),
+                ("noise_step: [1, 2]", "found a list, expected a whole number or null"),
+                ("seed: null", "found null, expected a whole number; leave it out for its default"),
+                ("temperature: {a: 1}", "found a map, expected a number or null"),
+                ("do_sample: 'true'", "found the text 'true', expected true or false; write it without quotes"),
+                ("do_sample: yes", "found the text 'yes', expected true or false"),
+                ("do_sample: 1", "found 1, expected true or false"),
+                ("annotations: 2024", "found 2024, expected text; put it in quotes"),
+                ("annotations: {a: b}", "found a map, expected text"),
+                ("noise_target: image", "found 'image', expected one of 'features', 'pixels', 'projected'"),
+            ]
         ),
     ],
 )
@@ -140,13 +160,33 @@ def test_mistakes_of_a_recipe(recipe, text, message):
         (["--noise_stepp", "null"], UNKNOWN),
         (["--zzzzzzzz", "3"], r"^--zzzzzzzz: found an unknown name, expected an option of 'bootstrap'\.$"),
         (["data.json"], "^bootstrap: found 'data.json' by itself, expected options as --name value"),
-        (["--noise_step", "many"], "^--noise_step: found 'many', expected int; see bpo-fast bootstrap --help"),
+        (
+            ["--noise_step", "many"],
+            "^--noise_step: found 'many', expected a whole number; see bpo-fast bootstrap --help",
+        ),
         (["--noise_step"], "^--noise_step: found another number of values, expected one argument; see bpo-fast"),
         (["--config"], "^--config: found no value, expected a recipe"),
+        (["--config", "tiny", "--config=tiny"], "^--config: found it twice, expected one recipe"),
+        (["--config", "/"], r"^--config: found the folder '/', expected a file or one of llava-1\.5-13b"),
+        (
+            ["--config", "x" * 300],
+            r"^--config: found a name that is no file's \(File name too long\), expected a recipe",
+        ),
+        (["--do_sample", "maybe"], "^--do_sample: found 'maybe', expected true or false; see"),
+        (["--output_dir", "null"], r"^--output_dir: found null, expected text; leave it out for its default\.$"),
+        (["--seed=null"], "^--seed: found null, expected a whole number; leave it out for its default"),
+        (["--model_name_or_path", ""], "^model_name_or_path: found an empty text, expected a value; leave it out"),
+        (["--adapter="], "^adapter: found an empty text, expected a value; leave it out for its default"),
+        (["--batch_size", "0"], "^batch_size: found 0, expected a whole number of at least 1"),
+        (["--max_new_tokens", "-1"], "^max_new_tokens: found -1, expected a whole number of at least 1"),
+        (["--seed", "-1"], "^seed: found -1, expected a whole number from 0 to"),
+        (["--temperature", "nan"], "^temperature: found nan, expected a positive number"),
+        (["--top_p", "1.5"], r"^top_p: found 1\.5, expected a number above 0 and at most 1"),
+        (["--max_samples", "0"], "^max_samples: found 0, expected a whole number of at least 1"),
     ],
 )
 def test_mistakes_of_the_command_line(argv, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         bootstrap(*MODEL, *argv)
 
 
@@ -164,29 +204,27 @@ def test_missing_options_and_recipes():
 
 
 def test_quantization_none_loads_unquantized():
-    assert bootstrap(*MODEL).load_options() == {"dtype": "auto", "quantization": None}
+    assert bootstrap(*MODEL).load_options() == {"dtype": "auto", "quantization": None, "trust_remote_code": False}
+    assert bootstrap(*MODEL, "--trust_remote_code").load_options()["trust_remote_code"] is True
     assert bootstrap(*MODEL, "--quantization", "nf4").load_options()["quantization"] == "nf4"
 
 
 def test_carried_options_are_those_that_the_next_command_needs():
+    assert carried_options(["--trust_remote_code", "--seed", "1"]) == ["--trust_remote_code"]
     argv = ["--noise_step", "3", "--config=a.yaml", "--image_folder", "i", "--model-name-or-path", "m", "--dtype=auto"]
     assert carried_options(argv) == ["--config=a.yaml", "--model-name-or-path", "m", "--dtype=auto"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "option", "table"),
-    [
-        (BootstrapArguments, "noise_target", TARGETS),
-        (BootstrapArguments, "schedule", SCHEDULES),
-        (EvaluateArguments, "kind", SCORERS),
-    ],
-)
-def test_choices_are_the_entries_of_the_librarys_tables(arguments, option, table):
-    (metadata,) = (item.metadata for item in fields(arguments) if item.name == option)
-    assert metadata["choices"] == list(table)
+def test_names_are_the_entries_of_the_librarys_tables():
+    assert tuple(TARGETS) == names.NOISE_TARGETS
+    assert tuple(SCHEDULES) == names.SCHEDULES
+    assert tuple(LORA_TARGET_MODULES) == names.LORA_TARGET_MODULES
+    assert {kind: tuple(scorer) for kind, scorer in names.SCORERS.items()} == {
+        kind: (scorer.truth, scorer.needs_synonyms) for kind, scorer in SCORERS.items()
+    }
 
 
-@pytest.mark.parametrize("arguments", [BootstrapArguments, TrainArguments, EvaluateArguments])
+@pytest.mark.parametrize("arguments", [BootstrapArguments, TrainArguments, EvaluateArguments, MergeArguments])
 def test_help_gives_every_option_a_sentence_and_its_default(arguments, capsys):
     with pytest.raises(SystemExit):
         parse_arguments([arguments], ["--help"], command="bootstrap", description="What it does.")
@@ -196,6 +234,87 @@ def test_help_gives_every_option_a_sentence_and_its_default(arguments, capsys):
         sentence = item.metadata["help"]
         assert sentence[0].isupper() or sentence.startswith("nf4 ")
         assert sentence.endswith(".")
-        default = "null" if item.default is None else item.default
-        assert (sentence if item.default is MISSING else f"{sentence} (default: {default})") in text
+        default = {"None": "null", "False": "false"}.get(str(item.default), item.default)
+        assert f"{sentence} ({'required' if item.default is MISSING else f'default: {default}'})" in text
     assert "(default: None)" not in text
+
+
+def test_what_a_recipe_shares_reaches_the_commands_that_have_it(recipe):
+    config = recipe("model_name_or_path: llava\nimage_folder: images\nquantization: nf4\nmerge: {adapter: a}")
+    (merging,) = parse_arguments([MergeArguments], config, command="merge")
+    assert (merging.model_name_or_path, merging.adapter, merging.output_dir) == ("llava", "a", "bpo_output/merge")
+
+
+def test_values_of_a_recipe_get_the_types_of_their_options(recipe):
+    arguments, config = train(
+        *recipe(
+            "model_name_or_path: llava\ntrain: {lora_target_modules: all-linear, learning_rate: 2e-6,\n"
+            "  loss_weights: 2, num_train_epochs: 1, save_strategy: no, report_to: [tensorboard], optim_args: null}"
+        )
+    )
+    assert arguments.lora_target_modules == ["all-linear"]
+    assert (config.learning_rate, config.loss_weights, config.report_to) == (2e-6, [2], ["tensorboard"])
+    assert config.save_strategy == "no"
+    assert type(config.num_train_epochs) is float
+
+
+def test_every_output_folder_has_a_default_beside_the_others():
+    assert bootstrap_defaults() == {
+        "bootstrap": "bpo_output/bootstrap",
+        "evaluate": "bpo_output/evaluate",
+        "merge": "bpo_output/merge",
+        "train": "bpo_output/train",
+    }
+
+
+def bootstrap_defaults():
+    classes = {"bootstrap": BootstrapArguments, "evaluate": EvaluateArguments, "merge": MergeArguments}
+    classes["train"] = BPOConfig
+    return {name: item.default for name, kind in classes.items() for item in fields(kind) if item.name == "output_dir"}
+
+
+PAIRS = ["--eval_dataset", "other"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--lora_r", "0"], "^lora_r: found 0, expected a whole number of at least 1"),
+        (["--lora_alpha", "0"], "^lora_alpha: found 0, expected a whole number of at least 1"),
+        (["--lora_dropout", "1"], r"^lora_dropout: found 1\.0, expected a number in \[0, 1\)"),
+        (
+            ["--lora_dropout", "0.1"],
+            r"^lora_dropout: found 0\.1 with disable_dropout true, expected 0; set disable_dr",
+        ),
+        (["--eval_fraction", "1"], r"^eval_fraction: found 1\.0, expected a number between 0 and 1"),
+        (
+            ["--eval_fraction", "0.1"],
+            r"^eval_fraction: found 0\.1 with eval_strategy 'no', expected None; set eval_str",
+        ),
+        (PAIRS, "^eval_dataset: found 'other' with eval_strategy 'no', expected None; set eval_strategy"),
+        ([*PAIRS, "--eval_fraction", "0.1"], "^eval_fraction: found it beside eval_dataset, expected one of them"),
+        (
+            ["--eval_strategy", "epoch"],
+            "^eval_strategy: found 'epoch' without pairs to evaluate on, expected some; give",
+        ),
+        (["--eval_on_start"], "^eval_on_start: found True without pairs to evaluate on, expected some; give"),
+    ],
+)
+def test_mistakes_of_training_options(argv, message):
+    with pytest.raises(ValueError, match=message):
+        train(*MODEL, *argv)
+
+
+def test_evaluation_during_training_has_its_pairs():
+    arguments, config = train(*MODEL, "--eval_strategy", "steps", "--eval_fraction", "0.1")
+    assert (arguments.eval_fraction, arguments.eval_dataset, config.eval_strategy) == (0.1, None, "steps")
+    assert train(*MODEL, *PAIRS, "--eval_on_start")[0].eval_dataset == "other"
+    assert train(*MODEL, "--lora_dropout", "0.1", "--disable_dropout", "false")[0].lora_dropout == 0.1
+    assert train(*MODEL, "--strict")[0].strict
+
+
+def test_a_path_in_the_package_is_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = Path(bootstrap("--config", "tiny").model_name_or_path)
+    assert path.is_absolute()
+    assert (path / "model.safetensors").is_file()

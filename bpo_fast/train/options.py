@@ -1,0 +1,244 @@
+"""What the options of transformers' TrainingArguments may be here: ranges, and those that BPOTrainer does not have.
+
+An option without effect is refused by name rather than ignored. One that changes nothing here, since what it asks for
+is always so (`remove_unused_columns`, `prediction_loss_only`), is taken, for scripts that were written for TRL.
+"""
+
+import json
+import math
+import os
+import re
+from dataclasses import MISSING, fields
+from inspect import Parameter, signature
+from typing import Any, get_args, get_type_hints
+
+from bpo_fast.runs.numbers import COUNT, NOT_NEGATIVE, POSITIVE, SEED, SHARE, Range, check_numbers
+
+_EVERY = Range("a share of all steps below 1, or a whole number", lambda x: 0 < x < 1 or (x >= 1 and x == int(x)))
+
+NUMBERS = {
+    "per_device_train_batch_size": COUNT,
+    "per_device_eval_batch_size": COUNT,
+    "gradient_accumulation_steps": COUNT,
+    "num_train_epochs": POSITIVE,
+    "max_steps": Range("a whole number of at least 1, or -1 for num_train_epochs", lambda x: x == -1 or x >= 1, True),
+    "learning_rate": POSITIVE,
+    "warmup_steps": Range("0, a share of all steps below 1, or a whole number", lambda x: x == 0 or _EVERY.holds(x)),
+    "weight_decay": NOT_NEGATIVE,
+    "adam_beta1": SHARE,
+    "adam_beta2": SHARE,
+    "adam_epsilon": NOT_NEGATIVE,
+    "max_grad_norm": Range("a number of at least 0, which switches clipping off", lambda x: x >= 0),
+    "logging_steps": _EVERY,
+    "eval_steps": _EVERY,
+    "save_steps": _EVERY,
+    "eval_delay": NOT_NEGATIVE,
+    "save_total_limit": Range("a whole number of at least 1, or None for all", lambda x: x >= 1, True),
+    "seed": SEED,
+    "data_seed": SEED,
+    "dataloader_num_workers": Range("a whole number of at least 0", lambda x: x >= 0, True),
+    "dataloader_prefetch_factor": COUNT,
+    "torch_empty_cache_steps": COUNT,
+    "max_length": COUNT,
+    "token_budget": COUNT,
+}
+
+_SCRIPT = "a flag for scripts, which no trainer reads; leave it out"
+_COMPILED = "every packed sequence has another length, so every step would be compiled anew; leave it out"
+_LIGER = "it replaces the forward pass that packing wraps, and the losses here are fused already; leave it out"
+_METRICS = "packed sequences give no logits to make metrics of; read the logged metrics"
+_HUB = "no command uploads; when it is done, use hf upload REPO OUTPUT_DIR"
+_SHARDED = "the packed forward pass reads whole weights; start one process per GPU with torchrun"
+_LENGTHS = "packing leaves nothing to pad, so lengths need no grouping; use 'random' or 'sequential'"
+_PROJECTED = "it projects the gradients of full weights, and an adapter's are small already; use 'adamw_torch'"
+
+# Option -> why it is refused where it differs from its default, and what to do instead.
+REFUSED = {
+    "label_smoothing_factor": "it smooths the token labels of a cross-entropy, which no loss here is; use "
+    "label_smoothing",
+    "do_train": _SCRIPT,
+    "do_eval": "a flag for scripts, which no trainer reads; use eval_strategy",
+    "do_predict": _SCRIPT,
+    "average_tokens_across_devices": "losses are means over pairs, not over tokens; leave it out",
+    "torch_compile": _COMPILED,
+    "torch_compile_backend": _COMPILED,
+    "torch_compile_mode": _COMPILED,
+    "use_liger_kernel": _LIGER,
+    "liger_kernel_config": _LIGER,
+    "use_cache": "training reads no cache of keys and values; leave it out",
+    "neftune_noise_alpha": "policy and reference would get different noise, scaled by the length of the packed "
+    "sequence; leave it out",
+    "auto_find_batch_size": "a smaller batch is another training; use token_budget, which takes less memory for the "
+    "same result",
+    "include_num_input_tokens_seen": "the Trainer finds no ids in packed sequences to count; num_tokens is logged",
+    "eval_do_concat_batches": _METRICS,
+    "eval_use_gather_object": _METRICS,
+    "eval_accumulation_steps": _METRICS,
+    "include_for_metrics": _METRICS,
+    "batch_eval_metrics": _METRICS,
+    "label_names": _METRICS,
+    "save_only_model": "a checkpoint without its optimizer could not be resumed to the same result; leave it out",
+    "enable_jit_checkpoint": "a stopped training would end as if it were complete; bpo-fast train saves a checkpoint "
+    "when it is stopped",
+    "push_to_hub": _HUB,
+    "hub_token": _HUB,
+    "hub_private_repo": _HUB,
+    "hub_model_id": _HUB,
+    "hub_strategy": _HUB,
+    "hub_always_push": _HUB,
+    "hub_revision": _HUB,
+    "ignore_data_skip": "a resumed run would see other pairs than one that was not stopped; leave it out",
+    "dataloader_in_order": "the order of the batches would be chance; leave it out",
+    "parallelism_config": _SHARDED,
+    "fsdp": _SHARDED,
+    "fsdp_config": _SHARDED,
+    "deepspeed": _SHARDED,
+    "optim_target_modules": _PROJECTED,
+    "length_column_name": _LENGTHS,
+}
+
+# Option -> value -> the same.
+REFUSED_VALUES = {
+    "train_sampling_strategy": dict.fromkeys(("group_by_length", "batch_rebalance"), _LENGTHS),
+    "optim": {
+        **dict.fromkeys(
+            ("lomo", "adalomo"), "it updates in the backward pass, of which a step has several; use 'adamw_torch'"
+        ),
+        **{
+            optim + layerwise: _PROJECTED
+            for optim in ("galore_adamw", "galore_adamw_8bit", "galore_adafactor", "apollo_adamw")
+            for layerwise in ("", "_layerwise")
+        },
+    },
+}
+
+# A default by its other name: "no" is false to transformers' parser, which reads text for this option and flags.
+_NORMALISED = {"include_num_input_tokens_seen": False}
+
+
+def check_options(config: Any) -> None:
+    """Check a `BPOConfig`, its enumerations as text or as such, before `TrainingArguments` reads it.
+
+    Raises:
+        TypeError: a flag that is not True or False.
+        ValueError: an option that is refused, out of its range, or at odds with another.
+    """
+    _check_flags(config)
+    defaults = {item.name: _default(item) for item in fields(config)}
+    for name, why in REFUSED.items():
+        # Fields that an older or newer transformers does not have are not there to be set.
+        if name not in defaults or (value := getattr(config, name)) in (defaults[name], _NORMALISED.get(name)):
+            continue
+        if name == "do_eval" and config.eval_strategy != "no":
+            continue  # TrainingArguments sets it itself
+        raise ValueError(f"{name}: found {value!r}, expected {defaults[name]!r}: {why}.")
+    for name, values in REFUSED_VALUES.items():
+        value = _text(getattr(config, name, None))
+        if why := values.get(value):
+            raise ValueError(f"{name}: found {value!r}, expected another value: {why}.")
+    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):  # what accelerate launch says of its own options
+        if os.environ.get(name, "").lower() in ("1", "true", "yes"):
+            raise ValueError(f"{name}: found {os.environ[name]!r}, expected it unset: {_SHARDED}.")
+    check_numbers(config, {name: allowed for name, allowed in NUMBERS.items() if name in defaults})
+    _check_scheduler(config)
+    _check_together(config)
+
+
+def _default(item):
+    return item.default if item.default_factory is MISSING else item.default_factory()
+
+
+def _check_flags(config):
+    """Any text is true to Python, "no" too."""
+    for name, hint in get_type_hints(type(config)).items():
+        kinds = set(get_args(hint) or (hint,))
+        value = getattr(config, name, None)
+        if bool in kinds <= {bool, type(None)} and not isinstance(value, bool | None):
+            raise TypeError(f"{name}: found {value!r}, expected True or False.")
+
+
+def _check_scheduler(config):
+    """The scheduler is made after the model was loaded; its arguments are looked at here."""
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+    from transformers.trainer_utils import SchedulerType
+
+    scheduler = SchedulerType(config.lr_scheduler_type)
+    if config.warmup_steps and scheduler.value in ("constant", "reduce_lr_on_plateau", "greedy"):
+        instead = "; use 'constant_with_warmup'" if scheduler.value == "constant" else ""
+        raise ValueError(
+            f"warmup_steps: found {config.warmup_steps} with lr_scheduler_type '{scheduler.value}', expected 0, since "
+            f"it has no warmup{instead}."
+        )
+    kwargs = config.lr_scheduler_kwargs
+    if isinstance(kwargs, str):
+        try:
+            kwargs = json.loads(kwargs)
+        except ValueError as error:
+            raise ValueError(
+                f"lr_scheduler_kwargs: found {kwargs!r} ({error}), expected a JSON map from names to values."
+            ) from None
+    if not isinstance(kwargs, dict | None):
+        raise TypeError(f"lr_scheduler_kwargs: found {kwargs!r}, expected a map from names to values.")
+    parameters = signature(TYPE_TO_SCHEDULER_FUNCTION[scheduler]).parameters
+    known = set(parameters) - {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
+    any_name = any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters.values())
+    for name, value in (kwargs or {}).items():
+        if name not in known and not any_name:
+            raise ValueError(
+                f"lr_scheduler_kwargs: found {name!r}, expected {' or '.join(map(repr, sorted(known))) or 'nothing'} "
+                f"for lr_scheduler_type '{scheduler.value}'."
+            )
+        if isinstance(value, str) and _is_number(value):
+            raise ValueError(
+                f"lr_scheduler_kwargs: found the text {value!r} for {name}, expected a number; take the quotes off."
+            )
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"lr_scheduler_kwargs: found {value!r} for {name}, expected a finite number.")
+
+
+def _is_number(text):
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _check_together(config):
+    from transformers.utils import is_torch_bf16_gpu_available
+
+    if config.bf16 and not config.use_cpu and not is_torch_bf16_gpu_available():
+        raise ValueError(
+            "bf16: found True and no GPU that computes in it, expected False; set bf16 to false, or use_cpu to true."
+        )
+    evaluates = config.eval_strategy != "no"
+    if config.eval_steps is not None and config.eval_strategy != "steps":
+        # TrainingArguments fills eval_steps in for "steps" alone, so a copy has it only there.
+        raise ValueError(
+            f"eval_steps: found {config.eval_steps} with eval_strategy '{_text(config.eval_strategy)}', expected "
+            "None; set eval_strategy to 'steps'."
+        )
+    if config.save_strategy == "best" and not evaluates:
+        raise ValueError(
+            "save_strategy: found 'best' without evaluations, expected 'steps', 'epoch' or 'no'; set eval_strategy."
+        )
+    optim = _text(config.optim)
+    if config.optim_args and (optim == "adafactor" or re.fullmatch("adamw_torch(_fused|_xla|_npu_fused)?", optim)):
+        raise ValueError(
+            f"optim_args: found {config.optim_args!r} with optim '{optim}', expected None, since it does not read "
+            "them; use adam_beta1, adam_beta2, adam_epsilon and weight_decay."
+        )
+    if config.optim_args and not re.fullmatch(r"[^=,]+=[^=,]+(,[^=,]+=[^=,]+)*", config.optim_args):
+        raise ValueError(f"optim_args: found {config.optim_args!r}, expected name=value,name=value.")
+    if not config.dataloader_num_workers:
+        for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
+            if getattr(config, name, None):
+                raise ValueError(
+                    f"{name}: found {getattr(config, name)!r} without workers, expected None; set "
+                    "dataloader_num_workers."
+                )
+
+
+def _text(value):
+    """The text of an enumeration's member, or the text itself."""
+    return getattr(value, "value", value)
