@@ -139,6 +139,12 @@ class TrainArguments(SharedArguments):
                 f"lora_dropout: found {self.lora_dropout} with disable_dropout true, expected 0; set disable_dropout "
                 "to false."
             )
+        for name in ("bf16_full_eval", "fp16_full_eval"):
+            if getattr(config, name):
+                raise ValueError(
+                    f"{name}: found true, expected false, as it leaves evaluations during training as they are; use "
+                    f"{name.removesuffix('_full_eval')}."
+                )
         given = [name for name in ("eval_dataset", "eval_fraction") if getattr(self, name) is not None]
         if len(given) == 2:
             raise ValueError("eval_fraction: found it beside eval_dataset, expected one of them; leave one out.")

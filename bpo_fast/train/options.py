@@ -218,10 +218,21 @@ def _check_together(config):
             f"eval_steps: found {config.eval_steps} with eval_strategy '{_text(config.eval_strategy)}', expected "
             "None; set eval_strategy to 'steps'."
         )
-    if config.save_strategy == "best" and not evaluates:
+    if config.save_strategy == "best" and not (evaluates and config.metric_for_best_model):
         raise ValueError(
-            "save_strategy: found 'best' without evaluations, expected 'steps', 'epoch' or 'no'; set eval_strategy."
+            "save_strategy: found 'best' without eval_strategy and metric_for_best_model, expected both; set them."
         )
+    for name in ("load_best_model_at_end", "eval_delay"):
+        if getattr(config, name) and not evaluates:
+            raise ValueError(f"{name}: found {getattr(config, name)!r} without evaluations; set eval_strategy.")
+    chooses = config.load_best_model_at_end or config.save_strategy == "best"
+    chooses = chooses or _text(config.lr_scheduler_type) in ("reduce_lr_on_plateau", "greedy")
+    for name in ("metric_for_best_model", "greater_is_better"):
+        if getattr(config, name) is not None and not chooses:
+            raise ValueError(
+                f"{name}: found {getattr(config, name)!r} and nothing that asks for the best, expected None; set "
+                "load_best_model_at_end."
+            )
     optim = _text(config.optim)
     if config.optim_args and (optim == "adafactor" or re.fullmatch("adamw_torch(_fused|_xla|_npu_fused)?", optim)):
         raise ValueError(

@@ -297,6 +297,7 @@ PAIRS = ["--eval_dataset", "other"]
             ["--eval_strategy", "epoch"],
             "^eval_strategy: found 'epoch' without pairs to evaluate on, expected some; give",
         ),
+        (["--bf16_full_eval"], "^bf16_full_eval: found true, expected false, as it leaves evaluations during trai"),
         (["--eval_on_start"], "^eval_on_start: found True without pairs to evaluate on, expected some; give"),
     ],
 )

@@ -89,6 +89,8 @@ def test_a_value_without_effect_is_refused_by_name(name, value):
         {},
         {"eval_strategy": "steps", "eval_steps": 5},
         {"eval_strategy": "epoch", "load_best_model_at_end": True, "save_strategy": "epoch"},
+        {"eval_strategy": "epoch", "save_strategy": "best", "metric_for_best_model": "rewards/margins"},
+        {"eval_strategy": "epoch", "lr_scheduler_type": "reduce_lr_on_plateau"},
         {"gradient_checkpointing": False, "save_steps": 0.1, "warmup_steps": 0.03, "max_steps": 7},
     ],
 )
@@ -168,7 +170,24 @@ def test_no_number_is_infinite_negative_or_text(name, value):
             {"eval_steps": 3},
             "eval_steps: found 3 with eval_strategy 'no', expected None; set eval_strategy to 'steps'.",
         ),
-        ({"save_strategy": "best"}, "save_strategy: found 'best' without evaluations, expected 'steps', 'epoch' or"),
+        (
+            {"save_strategy": "best"},
+            "save_strategy: found 'best' without eval_strategy and metric_for_best_model, exp",
+        ),
+        (
+            {"save_strategy": "best", "eval_strategy": "epoch"},
+            "save_strategy: found 'best' without eval_strategy and metric_for_best_model, expected both; set them.",
+        ),
+        ({"load_best_model_at_end": True, "save_strategy": "no"}, "load_best_model_at_end: found True without evalua"),
+        ({"eval_delay": 3}, "eval_delay: found 3 without evaluations; set eval_strategy."),
+        (
+            {"metric_for_best_model": "loss"},
+            "metric_for_best_model: found 'loss' and nothing that asks for the best, ",
+        ),
+        (
+            {"greater_is_better": True},
+            "greater_is_better: found True and nothing that asks for the best, expected Non",
+        ),
         (
             {"dataloader_persistent_workers": True},
             "dataloader_persistent_workers: found True without workers, expecte",
