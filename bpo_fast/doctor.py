@@ -13,10 +13,16 @@ from bpo_fast.ops.noise import native
 
 # Required packages that can be installed and still fail to import, as when two of them do not fit.
 _IMPORTED = ("torch", "transformers", "peft", "accelerate", "datasets")
-# Distribution, import name, what it is for, the line that installs it.
+# Distribution, import name, what it is for, the line that installs it; README has the same lines.
 _OPTIONAL = (
     ("bitsandbytes", "bitsandbytes", "4-bit base models (QLoRA)", "pip install 'bitsandbytes>=0.48'"),
-    ("flash-attn", "flash_attn", "FlashAttention's own variable-length kernels", "pip install 'flash-attn>=2.8'"),
+    (
+        "flash-attn",
+        "flash_attn",
+        "FlashAttention's own variable-length kernels",
+        "pip install 'flash-attn>=2.8' --no-build-isolation",
+    ),
+    ("matplotlib", "matplotlib", "charts in the demo's report", "pip install 'matplotlib>=3.9'"),
 )
 
 

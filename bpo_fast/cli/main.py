@@ -129,7 +129,8 @@ def merge(argv: Sequence[str]) -> None:
     (arguments,) = parse_arguments([MergeArguments], argv, command="merge", description=merge.__doc__)
     from bpo_fast.models.merge import merge_adapter
 
-    merge_adapter(arguments.model_name_or_path, arguments.adapter, arguments.output_dir, dtype=arguments.dtype)
+    options = {"dtype": arguments.dtype, "trust_remote_code": arguments.trust_remote_code}
+    merge_adapter(arguments.model_name_or_path, arguments.adapter, arguments.output_dir, **options)
     where = ("--questions", "QUESTIONS", "--image_folder", "IMAGES", "--output_dir", "SCORES")
     print(
         f"Model in {arguments.output_dir}.",

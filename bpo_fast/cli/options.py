@@ -40,6 +40,8 @@ class ModelArguments:
         choices=("auto", "float32", "bfloat16", "float16"),
     )
 
+    trust_remote_code: bool = _option("Run Python code that comes with the model; read it first.", default=False)
+
     def __post_init__(self):
         check_numbers(self, self.NUMBERS)
         if self.model_name_or_path.startswith(PACKAGE_PREFIX):
@@ -57,7 +59,6 @@ class SharedArguments(ModelArguments):
     quantization: str = _option(
         "nf4 loads the language model in 4 bits and needs bitsandbytes.", default="none", choices=("none", "nf4")
     )
-    trust_remote_code: bool = _option("Run Python code that comes with the model; read it first.", default=False)
 
     def load_options(self) -> dict[str, str | bool | None]:
         """Keyword arguments for `bpo_fast.models.load.load_model`."""

@@ -283,7 +283,7 @@ def test_merge_calls_the_library(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "bpo_fast.models.merge", SimpleNamespace(merge_adapter=merge_adapter))
     argv = ["merge", "--model_name_or_path", "m", "--adapter", "a", "--dtype", "float16", "--output_dir", "o"]
     assert cli.main(argv) == 0
-    assert calls == [(("m", "a", "o"), {"dtype": "float16"})]
+    assert calls == [(("m", "a", "o"), {"dtype": "float16", "trust_remote_code": False})]
     assert last_line(capsys.readouterr().out) == (
         "Model in o. Next: bpo-fast evaluate --model_name_or_path o --kind pope --questions QUESTIONS --image_folder "
         "IMAGES --output_dir SCORES"
