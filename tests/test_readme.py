@@ -1,6 +1,7 @@
 """What README tells a reader to type runs, with a tiny model and a few images in place of theirs."""
 
 import json
+import math
 import re
 import shlex
 import tomllib
@@ -51,9 +52,8 @@ def world(tmp_path, monkeypatch):
 def test_the_commands_and_the_adapter_in_transformers_run(world, capsys):
     assert [argv[0] for argv in commands()] == ["doctor", "demo", "bootstrap", "train", "evaluate", "merge"]
     for argv in commands()[2:]:
-        assert cli.main(["run.yaml" if word == "llava-1.5-7b" else word for word in argv]) == 0, (
-            capsys.readouterr().err
-        )
+        argv = ["run.yaml" if word == "llava-1.5-7b" else word for word in argv]
+        assert cli.main(argv) == 0, capsys.readouterr().err
     (code,) = (block for block in blocks("python") if "PeftModel" in block)
     names = {}
     exec(code.replace(MODEL, "model"), names)  # the adapter lies where the commands put it
@@ -67,6 +67,24 @@ def test_the_commands_and_the_adapter_in_transformers_run(world, capsys):
             base = model(**inputs).logits
     assert (adapted - base).abs().max() > 0.01
     torch.testing.assert_close(merged, adapted, rtol=0, atol=1e-4)
+
+
+def test_the_loss_and_the_noise_run():
+    logits, generator = torch.randn(4, 5, 7, requires_grad=True), torch.Generator().manual_seed(0)
+    labels = torch.randint(7, (4, 5), generator=generator)
+    names = {"policy_logits": logits, "labels": labels, "ref_logits": logits.detach()}
+    (code,) = (block for block in blocks("python") if "dpo_loss(" in block)
+    exec(code, names)
+    assert names["output"].loss.item() == pytest.approx(math.log(2), abs=1e-6)
+    assert logits.grad.abs().max() > 0
+    (code,) = (block for block in blocks("python") if "add_noise(" in block)
+    features, ids = torch.randn(3, 4, 8, generator=generator), torch.tensor([5, 6, 7])
+    there = {"features": features, "ids": ids}
+    back = {"features": features.flip(0), "ids": ids.flip(0)}
+    exec(code, there)
+    exec(code, back)
+    assert torch.equal(there["weakened"], back["weakened"].flip(0))
+    assert not torch.equal(there["weakened"], features)
 
 
 def test_every_hint_of_what_to_install_stands_in_the_readme():
