@@ -6,11 +6,11 @@ A stage's last file appears complete and at once. A run that was killed resumes 
 evaluations at their last batch, a training, which takes a minute, at its start.
 """
 
+import itertools
 import os
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 
@@ -20,7 +20,9 @@ from peft import LoraConfig
 from bpo_fast.bootstrap import bootstrap
 from bpo_fast.data.pairs import load_preference_dataset
 from bpo_fast.demo import world
+from bpo_fast.demo.grade import grade_descriptions
 from bpo_fast.demo.probes import LogpsProbe, likelihood_by_step
+from bpo_fast.demo.report import METHODS, RATES, REPORT_FILE, read_answers, summary, text_table, write_report
 from bpo_fast.demo.tiny_llava import CHECKPOINT
 from bpo_fast.evaluate import evaluate
 from bpo_fast.models.load import load_model, load_processor
@@ -30,7 +32,9 @@ from bpo_fast.runs.folder import claim_folder
 from bpo_fast.train.config import BPOConfig
 from bpo_fast.train.trainer import BPOTrainer
 
-METHODS = {"bpo": "sigmoid", "sft": "sft"}  # loss_type of each
+CHOSEN_ON_SEEDS = (1, 2, 3)  # the runs that the default settings were chosen on; judged on others
+TRAINED = ("bpo", "sft")
+MAX_SEED = 2**32  # exclusive: numpy's generators take 32 bits
 LIKELIHOOD_STEPS = (None, 100, 200, 300, 400, 500, 600, 700, 800, 900, 999)
 
 
@@ -52,6 +56,8 @@ class DemoSettings:
     batch_size: int = 8
     learning_rate: float = 3e-4
     beta: float = 0.1
+    bpo_loss: tuple[str, ...] = ("sigmoid",)
+    bpo_loss_weights: tuple[float, ...] = (1.0,)
     lora_r: int = 32
     lora_alpha: int = 64
     num_likelihood_scenes: int = 64
@@ -64,7 +70,9 @@ def run(
     settings: DemoSettings | None = None,
     model_path: str | os.PathLike = CHECKPOINT,
 ) -> dict:
-    """Run all stages for each seed and write `report.html` and `results.json`.
+    """Run all stages for each seed and write `results.json` and `report.html`; a finished run is left as it is.
+
+    Without matplotlib the report has tables for charts.
 
     Args:
         output_dir: folder of this run alone; a killed run in it resumes.
@@ -77,31 +85,36 @@ def run(
         What `results.json` holds: `mean` and `seeds`, each with the scores of "base", "sft" and "bpo".
 
     Raises:
-        ValueError: no seed, or `output_dir` holds another run.
-        ImportError: matplotlib is missing.
+        ValueError: no seed, one twice or out of range, nothing that loads at `model_path`, or `output_dir` holds
+            another run.
     """
-    if not seeds or len(set(seeds)) != len(seeds):
-        raise ValueError(f"seeds: found {list(seeds)}, expected at least one and each once.")
-    if find_spec("matplotlib") is None:
-        raise ImportError("matplotlib: found none, expected it for the report; pip install 'bpo-fast[plots]'.")
-    from bpo_fast.demo.report import write_report
-
+    if not seeds or len(set(seeds)) != len(seeds) or not all(0 <= seed < MAX_SEED for seed in seeds):
+        raise ValueError(f"seeds: found {list(seeds)}, expected one or more, each once and from 0 to {MAX_SEED - 1}.")
     settings = settings or DemoSettings()
     output_dir = Path(output_dir)
+    results_file, report = output_dir / "results.json", output_dir / REPORT_FILE
+    load_processor(model_path)  # what does not load claims no folder
+    load_model(model_path, dtype=torch.float32, device="cpu")
     claim_folder(output_dir, {"seeds": list(seeds), "model": str(model_path), **asdict(settings)})
+    if results_file.exists() and report.exists():
+        print(f"{output_dir}: this run is finished; another output_dir starts another.")
+        return read_json(results_file)
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the tiny model's products are too small for two threads
     try:
         runs = [_run_seed(output_dir / f"seed-{seed}", seed, settings, model_path) for seed in seeds]
     finally:
         torch.set_num_threads(num_threads)
-    results = {"settings": asdict(settings), "seeds": runs, "mean": _mean([run["scores"] for run in runs])}
-    write_json(output_dir / "results.json", results)
+    results = {
+        "settings": asdict(settings),
+        "settings_chosen_on_seeds": list(CHOSEN_ON_SEEDS) if settings == DemoSettings() else None,
+        "seeds": runs,
+        "mean": _mean([run["scores"] for run in runs]),
+    }
+    write_json(results_file, results)
+    results = read_json(results_file)
     write_report(output_dir, results)
-    print(f"{'':6}{'hallucinated responses':>24}{'objects':>10}{'yes/no accuracy':>18}")
-    for method, score in results["mean"].items():
-        rates = score["chair"]["response_rate"], score["chair"]["object_rate"], score["pope"]["accuracy"]
-        print(f"{method:6}{rates[0]:>24.1%}{rates[1]:>10.1%}{rates[2]:>18.1%}")
+    print("\n".join([*summary(results), *text_table(results)]))
     return results
 
 
@@ -113,12 +126,12 @@ def _run_seed(folder, seed, settings, model_path):
     print(f"seed {seed}, 2/4: preference pairs from weakened images")
     pairs = _bootstrap(folder / "pairs", annotations, seed, settings, model_path, processor)
     print(f"seed {seed}, 3/4: training")
-    for method in METHODS:
+    for method in TRAINED:
         _train(folder / method, method, pairs, seed, settings, model_path, processor)
     print(f"seed {seed}, 4/4: evaluation on {settings.num_heldout} held-out images")
-    scores = {method: _evaluate(folder, method, heldout, model_path, processor) for method in ("base", *METHODS)}
+    scores = {method: _evaluate(folder, method, heldout, model_path, processor) for method in METHODS}
     likelihood = _likelihood(folder / "likelihood.json", seed, settings, model_path, processor)
-    logps = {method: read_json(folder / method / "logps.json") for method in METHODS}
+    logps = {method: read_json(folder / method / "logps.json") for method in TRAINED}
     return {"seed": seed, "num_pairs": len(pairs), "scores": scores, "logps": logps, "likelihood": likelihood}
 
 
@@ -158,7 +171,8 @@ def _train(folder, method, pairs, seed, settings, model_path, processor):
         model=load_model(model_path, dtype=torch.float32, device="cpu"),
         args=BPOConfig(
             output_dir=str(folder),
-            loss_type=METHODS[method],
+            loss_type=list(settings.bpo_loss) if method == "bpo" else "sft",
+            loss_weights=list(settings.bpo_loss_weights) if method == "bpo" else None,
             beta=settings.beta,
             max_steps=settings.train_steps,
             per_device_train_batch_size=settings.batch_size,
@@ -191,7 +205,10 @@ def _evaluate(folder, method, questions, model_path, processor):
         output_dir = folder / "scores" / f"{method}-{kind}"
         images = file.parent / "images"
         scores[kind] = evaluate(model, processor, file, images, output_dir, kind=kind, synonyms=synonyms, **options)
-    return scores
+    records = read_json(questions[0])
+    answers = read_answers(folder, method)
+    scenes = [world.read_scene(record) for record in records]
+    return scores | {"description": grade_descriptions([answers[record["id"]] for record in records], scenes)}
 
 
 def _likelihood(path, seed, settings, model_path, processor):
@@ -205,12 +222,8 @@ def _likelihood(path, seed, settings, model_path, processor):
 
 
 def _mean(scores):
-    """Mean over seeds of the rates; `scores` as `_run_seed` gives them."""
-    rates = {"chair": ("response_rate", "object_rate"), "pope": ("accuracy", "f1", "yes_ratio")}
-    return {
-        method: {
-            kind: {rate: fmean(score[method][kind][rate] for score in scores) for rate in names}
-            for kind, names in rates.items()
-        }
-        for method in ("base", *METHODS)
-    }
+    """Mean over seeds of each rate; `scores` as `_run_seed` gives them."""
+    means = {method: {kind: {} for kind in ("chair", "pope", "description")} for method in METHODS}
+    for method, (_, kind, rate) in itertools.product(METHODS, RATES):
+        means[method][kind][rate] = fmean(score[method][kind][rate] for score in scores)
+    return means

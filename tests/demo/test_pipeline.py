@@ -3,11 +3,12 @@
 import base64
 import json
 import re
+import sys
 
 import pytest
 from reading import read_page
 
-from bpo_fast.demo import pipeline, world
+from bpo_fast.demo import grade, pipeline, report, world
 from bpo_fast.evaluate.chair import score_chair
 from bpo_fast.report.page import marked
 
@@ -59,7 +60,7 @@ def test_held_out_images_are_not_trained_on(finished):
 
 def test_a_killed_run_goes_on_at_the_unfinished_stage(finished):
     folder, results = finished
-    adapters = [folder / "seed-3" / method / "adapter_model.safetensors" for method in pipeline.METHODS]
+    adapters = [folder / "seed-3" / method / "adapter_model.safetensors" for method in pipeline.TRAINED]
     before = [path.stat().st_mtime_ns for path in adapters]
     (folder / "results.json").unlink()
     answers = folder / "seed-3" / "scores" / "bpo-chair" / "answers.jsonl"
@@ -76,7 +77,13 @@ def test_folder_of_another_run_is_refused(finished):
         pipeline.run(finished[0], seeds=(4,), settings=SETTINGS)
 
 
-@pytest.mark.parametrize("seeds", [(), (1, 1)])
+def test_a_model_that_does_not_load_claims_no_folder(tmp_path):
+    with pytest.raises(ValueError, match="missing"):
+        pipeline.run(tmp_path / "run", settings=SETTINGS, model_path=tmp_path / "missing")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("seeds", [(), (1, 1), (-1,), (2**32,)])
 def test_seeds_are_checked(seeds, tmp_path):
     with pytest.raises(ValueError, match="seeds: found"):
         pipeline.run(tmp_path / "run", seeds=seeds)
@@ -88,8 +95,8 @@ def test_the_report_holds_its_images_and_the_rates(finished):
     page = read_page(source)
     assert not page.tags & {"script", "link", "iframe"}
     assert not re.search(r"(src|href|srcset)=\"(?!data:)", source)
-    # Six charts, each twice, and all held-out images, of which there are fewer than samples.
-    assert len(page.images) == 2 * 6 + 6
+    # Seven charts, each twice, and all held-out images, of which there are fewer than samples.
+    assert len(page.images) == 2 * 7 + 6
     for image in page.images:
         assert base64.b64decode(image.removeprefix("data:image/png;base64,")).startswith(b"\x89PNG")
     for method in ("base", "sft", "bpo"):
@@ -97,6 +104,77 @@ def test_the_report_holds_its_images_and_the_rates(finished):
         assert f"{100 * scores['chair']['response_rate']:.0f} %" in page.text
         assert f"{100 * scores['chair']['object_rate']:.1f} %" in page.text
         assert f"{100 * scores['pope']['f1']:.1f} %" in page.text
+        assert f"{100 * scores['description']['number']:.1f} %" in page.text
+    assert " ".join([*report.summary(results), report._BACKGROUND]) in page.text
+
+
+def test_descriptions_are_graded_by_their_own_scenes(finished):
+    folder, results = finished
+    (run,) = results["seeds"]
+    records = read(folder / "seed-3" / "heldout" / "descriptions.json")
+    for method in pipeline.METHODS:
+        lines = read_jsonl(folder / "seed-3" / "scores" / f"{method}-chair" / "answers.jsonl")
+        grades = [
+            grade.grade(line["answer"], world.read_scene(record)) for line, record in zip(lines, records, strict=True)
+        ]
+        for name, share in run["scores"][method]["description"].items():
+            assert share == sum(each[name] for each in grades) / len(records)
+        assert results["mean"][method]["description"] == run["scores"][method]["description"]
+
+
+def test_a_finished_run_says_so_and_does_nothing(finished, capsys):
+    folder, results = finished
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert pipeline.run(folder, seeds=(3,), settings=SETTINGS) == results
+    assert "this run is finished" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_without_matplotlib_the_report_has_its_tables_and_says_how_to_have_charts(finished, monkeypatch, capsys):
+    folder, results = finished
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "bpo_fast.report.figures", raising=False)
+    drawn = (folder / "report.html").read_bytes()
+    try:
+        report.write_report(folder, results)
+        page = read_page((folder / "report.html").read_text())
+    finally:
+        (folder / "report.html").write_bytes(drawn)
+    assert len(page.images) == 6  # those of the samples
+    assert "pip install matplotlib" in capsys.readouterr().out
+    assert sum("pip install matplotlib" in text for text in page.text) == 1
+    (run,) = results["seeds"]
+    for point in run["logps"]["bpo"] + run["logps"]["sft"]:
+        assert {f"{point['chosen']:.2f}", f"{point['rejected']:.2f}"} <= set(page.text)
+    assert {f"{value:.3f}" for side in ("true", "typical") for value in run["likelihood"][side]} <= set(page.text)
+
+
+def rates(value):
+    kinds = {kind: {} for _, kind, _ in report.RATES}
+    for _, kind, rate in report.RATES:
+        kinds[kind][rate] = value
+    return kinds
+
+
+def test_the_first_lines_say_gains_and_costs():
+    mean = {"base": rates(0.5), "sft": rates(0.4), "bpo": rates(0.4)}
+    mean["bpo"]["chair"]["response_rate"] = 0.1
+    mean["bpo"]["description"]["well_formed"] = 0.3
+    mean["bpo"]["pope"]["accuracy"] = 0.45
+    beside_sft, beside_base = report.summary({"mean": mean})
+    assert beside_sft.endswith(
+        "BPO gains: answers with a hallucinated object 10.0 % instead of 40.0 %; "
+        "yes/no questions answered correctly 45.0 % instead of 40.0 %. "
+        "It costs: descriptions of three whole sentences, none twice 30.0 % instead of 40.0 %."
+    )
+    assert beside_base.endswith(
+        "BPO gains: answers with a hallucinated object 10.0 % instead of 50.0 %. "
+        "It costs: descriptions that are exactly right 40.0 % instead of 50.0 %; "
+        "descriptions of three whole sentences, none twice 30.0 % instead of 50.0 %; "
+        "yes/no questions answered correctly 45.0 % instead of 50.0 %."
+    )
+    mean["bpo"] = mean["sft"]
+    assert "gains: none of these figures. It costs: none of these figures." in report.summary({"mean": mean})[0]
 
 
 def test_hallucinated_words_are_marked_in_the_report(finished):
