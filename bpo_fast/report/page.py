@@ -26,7 +26,7 @@ section { background: #fff; border: 1px solid #e3e8ec; border-radius: 14px; padd
 figure { margin: 0; width: min-content; max-width: 100%; }
 figcaption { font-size: 0.95rem; font-weight: 600; margin-bottom: 0.4rem; }
 .scroll { overflow-x: auto; }
-.scroll img { display: block; }
+.scroll img { display: block; max-width: 100%; height: auto; }
 .numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 1rem; }
 .number { background: #fff; border: 1px solid #e3e8ec; border-radius: 14px; padding: 1.1rem 1.3rem; }
 .number b { display: block; font-size: 2.1rem; line-height: 1.2; letter-spacing: -0.03em; }
