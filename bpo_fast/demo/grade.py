@@ -12,7 +12,7 @@ from bpo_fast.demo.world import COLORS, GROUNDS, NUMBERS, SHAPES, Scene, describ
 # name -> what share of the answers it counts.
 GRADES = {
     "exact": "Descriptions that are exactly right",
-    "well_formed": "Descriptions of three whole sentences, none twice",
+    "well_formed": "Descriptions in whole sentences",
     "left_color": "Color on the left right",
     "left_shape": "Shape on the left right",
     "right_color": "Color on the right right",

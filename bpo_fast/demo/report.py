@@ -16,12 +16,19 @@ NUM_SAMPLES = 8
 METHODS = {"base": "Before", "sft": "SFT on chosen", "bpo": "BPO"}
 _COLORS = {"Before": "#9aa3ad", "SFT on chosen": "#d99a3d", "BPO": "#2f6fb0"}
 _TRUE, _TYPICAL, _INK = "#2b8a57", "#c2504b", "#22303c"
-# What a rate says, its scorer and its name there. The first ones are drawn, and are what gains and costs are told by.
+# What a rate says, its scorer and its name there. The first ones are drawn, and tell gains and costs by their short
+# names.
 _MAIN_RATES = (
     ("Answers with a hallucinated object", "chair", "response_rate"),
     (GRADES["exact"], "description", "exact"),
     (GRADES["well_formed"], "description", "well_formed"),
     ("Yes/no questions answered correctly", "pope", "accuracy"),
+)
+_SHORT = (
+    "answers with a hallucinated object",
+    "exactly right answers",
+    "answers in whole sentences",
+    "yes/no accuracy",
 )
 RATES = (
     *_MAIN_RATES,
@@ -48,19 +55,14 @@ def summary(results: dict) -> list[str]:
         results: of the run, as `write_report` takes them.
     """
     mean, sentences = results["mean"], []
-    for other, words in (
-        ("sft", "Beside SFT on the same pairs, with as many steps"),
-        ("base", "Beside the model before"),
-    ):
+    for other, words in (("sft", "Beside SFT on the same pairs"), ("base", "Beside the model before")):
         sides = {"gains": [], "costs": []}
-        for title, scorer, rate in _MAIN_RATES:
+        for name, (_, scorer, rate) in zip(_SHORT, _MAIN_RATES, strict=True):
             there, here = (_percent(mean[method][scorer][rate]) for method in (other, "bpo"))
             better = (mean["bpo"][scorer][rate] > mean[other][scorer][rate]) != (scorer == "chair")
             if there != here:
-                sides["gains" if better else "costs"].append(
-                    f"{title[0].lower()}{title[1:]} {here} instead of {there}"
-                )
-        gains, costs = ("; ".join(sides[side]) or "none of these figures" for side in ("gains", "costs"))
+                sides["gains" if better else "costs"].append(f"{name} {here} instead of {there}")
+        gains, costs = (", ".join(sides[side]) or "none of these figures" for side in ("gains", "costs"))
         sentences.append(f"{words}, BPO gains: {gains}. It costs: {costs}.")
     return sentences
 
@@ -100,10 +102,10 @@ def write_report(output_dir: str | os.PathLike, results: dict) -> Path:
         ),
         page.section(
             "Held-out images, before and after",
-            f"{settings['num_heldout']} images, none of them typical{runs}. An answer hallucinates when it "
-            "names an object that its image does not show. It is exactly right when it is the true description, word "
-            "for word. Half of the yes/no questions ask for an object that is there, the other half for the "
-            "typical one, which is not.",
+            f"{_BACKGROUND} Shown are {settings['num_heldout']} images, none of them typical{runs}. An "
+            "answer hallucinates when it names an object that its image does not show. It is exactly right when it is "
+            "the true description, word for word. Half of the yes/no questions ask for an object that is there, the "
+            "other half for the typical one, which is not.",
             _scores(results, has_charts),
         ),
         page.section(
@@ -133,7 +135,7 @@ def write_report(output_dir: str | os.PathLike, results: dict) -> Path:
         content.insert(1, page.section("Charts", note, ""))
     path = Path(output_dir) / REPORT_FILE
     with replacing(path) as file:
-        file.write(page.page("A tiny LLaVA before and after BPO", " ".join([*summary(results), _BACKGROUND]), content))
+        file.write(page.page("A tiny LLaVA before and after BPO", " ".join(summary(results)), content))
     return path
 
 

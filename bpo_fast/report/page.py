@@ -23,7 +23,7 @@ h2 { font-size: 1.2rem; letter-spacing: -0.01em; margin: 0 0 0.4rem; }
 p { margin: 0 0 1rem; max-width: 68ch; color: #43525e; }
 section { background: #fff; border: 1px solid #e3e8ec; border-radius: 14px; padding: 1.5rem; margin-top: 1.25rem; }
 .charts { display: flex; flex-wrap: wrap; gap: 1.25rem 1rem; }
-figure { margin: 0; width: min-content; max-width: 100%; }
+figure { margin: 0; max-width: 100%; }
 figcaption { font-size: 0.95rem; font-weight: 600; margin-bottom: 0.4rem; }
 .scroll { overflow-x: auto; }
 .scroll img { display: block; max-width: 100%; height: auto; }
@@ -91,7 +91,7 @@ def chart(title: str, draw: Callable, *, width: int) -> str:
     """
     narrow, wide = (_data_uri(_png(draw(width=pixels))) for pixels in (NARROW, width))
     return (
-        f'<figure><figcaption>{escape(title)}</figcaption><div class="scroll"><picture>'
+        f'<figure style="width: {width}px"><figcaption>{escape(title)}</figcaption><div class="scroll"><picture>'
         f'<source media="(max-width: {_BREAKPOINT}px)" srcset="{narrow}" width="{NARROW}">'
         f'<img alt="{escape(title)}" src="{wide}" width="{width}"></picture></div></figure>'
     )

@@ -55,6 +55,14 @@ def test_a_chart_is_drawn_for_a_wide_page_and_for_a_phone_at_two_dots_a_pixel():
             assert drawn.width == 2 * width
 
 
+def test_a_chart_shrinks_with_its_card_instead_of_being_cut():
+    rules = dict(re.findall(r"^([^{\n]+) { (.*) }$", page.STYLE, flags=re.MULTILINE))
+    assert "max-width: 100%; height: auto;" in rules[".scroll img"]
+    # The figure has a width of its own, or the image's 100 % would be of nothing.
+    assert rules["figure"] == "margin: 0; max-width: 100%;"
+    assert '<figure style="width: 400px">' in page.chart("a", drawing, width=400)
+
+
 def test_a_chart_on_a_phone_of_360_pixels_needs_no_scrolling():
     phone = page.STYLE.split("@media")[1]
     main = re.search(r"main { padding: [\d.]+rem ([\d.]+)rem", phone)[1]
