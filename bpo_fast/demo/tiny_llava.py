@@ -2,6 +2,9 @@
 
     python -m bpo_fast.demo.tiny_llava --output_dir checkpoint
 
+It trains on one thread, so that the bits do not depend on the number of cores, and records what else they depend on;
+`python tests/checkpoint.py` makes the shipped one again and compares.
+
 It is a `LlavaForConditionalGeneration` with its `LlavaProcessor`, in the layout of llava-hf/llava-1.5-7b-hf. The
 vision tower learns to see an unbiased world (stage 1), the language model reads about a biased one (2), and both
 answer questions about an unbiased world (3). Stage 4 goes on with images of a biased world that are hard to make out:
@@ -11,8 +14,10 @@ hold the truth, but the model says what usually is there: preference training of
 
 import argparse
 import os
+import platform
 import random
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -33,8 +38,10 @@ from transformers import (
 from bpo_fast.demo import world
 from bpo_fast.models.prompt import encode, question, render
 from bpo_fast.models.weaken import weaken
+from bpo_fast.runs.files import write_json
 
 CHECKPOINT = Path(__file__).with_name("checkpoint")
+RECORD = "made_by.json"  # in a checkpoint: what decides its bits
 
 PIXELS = 48  # the processor's size; a cell of the world is 16 pixels, four patches
 PATCH = 8
@@ -238,7 +245,24 @@ def answer_questions(name, model, processor, *, bias, noise_steps, steps, batch_
 
 
 def train(output_dir: str | os.PathLike, *, seed: int = 0) -> None:
-    """Bring up the tiny model and write model and processor to `output_dir`."""
+    """Bring up the tiny model and write model, processor and `RECORD` to `output_dir`, on one thread."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # sums in one order on any number of cores
+    try:
+        model, processor = _train_stages(seed)
+    finally:
+        torch.set_num_threads(num_threads)
+    output_dir = Path(output_dir)
+    partial = output_dir.with_name(output_dir.name + ".tmp")
+    model.save_pretrained(partial)
+    processor.save_pretrained(partial)
+    write_json(partial / RECORD, _maker(seed))
+    if output_dir.exists():
+        shutil.rmtree(output_dir)
+    os.replace(partial, output_dir)
+
+
+def _train_stages(seed):
     set_seed(seed)
     processor = build_processor(seed)
     model = build_model(processor.tokenizer)
@@ -250,13 +274,20 @@ def train(output_dir: str | os.PathLike, *, seed: int = 0) -> None:
     )
     for number, (name, options) in enumerate(stages, start=3):
         answer_questions(name, model, processor, batch_size=64, seed=seed + number, **options)
-    output_dir = Path(output_dir)
-    partial = output_dir.with_name(output_dir.name + ".tmp")
-    model.save_pretrained(partial)
-    processor.save_pretrained(partial)
-    if output_dir.exists():
-        shutil.rmtree(output_dir)
-    os.replace(partial, output_dir)
+    return model, processor
+
+
+def _maker(seed):
+    """What decides the bits of a training on one thread: the seed, the libraries that compute, the processor."""
+    libraries = ("torch", "transformers", "tokenizers", "numpy", "pillow")
+    return {"seed": seed, "cpu": _cpu(), **{name: version(name) for name in libraries}}
+
+
+def _cpu():
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{models[0] if models else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def main():
