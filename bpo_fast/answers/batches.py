@@ -1,61 +1,135 @@
-"""Answers to questions about images, batch by batch into a journal."""
+"""Responses to questions about images, batch by batch into the journal of a run's folder."""
 
 import os
-from collections.abc import Callable, Sequence
-from typing import Any
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
 
+from PIL import Image
 from tqdm.auto import tqdm
 
-from bpo_fast.answers.generate import check_processor
-from bpo_fast.data.images import read_image
+from bpo_fast.answers.generate import Response, check_processor
+from bpo_fast.answers.given import GivenModel
+from bpo_fast.answers.images import unreadable_images
+from bpo_fast.data.images import image_path, read_image
+from bpo_fast.runs.fingerprint import fingerprint
+from bpo_fast.runs.folder import claim_folder, holds_run
 from bpo_fast.runs.journal import Journal
 
+RESPONSES_FILE = "responses.jsonl"
 
-def answer_in_batches(
-    model,
-    processor,
-    questions: Sequence[Any],
-    image_paths: Sequence[str | os.PathLike],
-    journal: Journal,
-    answer: Callable[[Sequence[Any], list], Sequence[dict]],
+
+class Question(Protocol):
+    """What is asked: an id of any of JSON's types, the name of an image below the image folder, and a text."""
+
+    id: Any
+    image: str
+    question: str
+
+
+# From a model and its processor, the questions of a batch and their images, to the responses.
+Answer = Callable[[Any, Any, Sequence[Question], Sequence[Image.Image]], Sequence[Response]]
+
+
+def question_key(question: Question, image_folder: str | os.PathLike) -> str:
+    """What a response is known by: its question's id, text and image, and the size of the image's file.
+
+    Whatever else changes in a file of questions leaves the response as it is. An image is known by name and size,
+    since the files of a large data set are not read again each time.
+    """
+    try:
+        size = os.stat(Path(image_folder, question.image)).st_size
+    except (OSError, ValueError):
+        size = None
+    return fingerprint([question.id, question.image, question.question, size])
+
+
+def respond(
+    folder: Path,
+    settings: Mapping[str, Any],
+    given: GivenModel,
+    questions: Sequence[Question],
+    image_folder: str | os.PathLike,
+    answer: Answer,
     *,
-    skip: Callable[[Any, ValueError], dict] | None = None,
-    desc: str = "answers",
-) -> None:
-    """Append one record a question to `journal`, in order, from where it stopped.
+    batch_size: int,
+    results: Sequence[str],
+    desc: str,
+) -> tuple[list[Response | None], dict[str, str]]:
+    """A response to each question: those that `folder` holds, and those that the model gives now.
+
+    Only what is missing is generated, in the order of `questions`, each batch appended to `RESPONSES_FILE`. The
+    images of what is missing are decoded before the model is loaded; the folder is claimed once model and processor
+    have been tried. Records of questions that are asked no more stay in the journal for when they come back.
 
     Args:
-        model: in evaluation mode while it answers, and left in the mode it came in.
-        processor: checked against the model on the first image that can be read.
-        questions: N questions of any type.
-        image_paths: the image of each.
-        journal: of N records in all.
-        answer: from the questions of a batch and their images to their records.
-        skip: from a question and what is wrong with its image to its record; None raises the error.
+        folder: of the run, locked.
+        settings: what decides a response, see `holds_run`.
+        given: the model; loaded only if a response is missing, and left in the mode it came in.
+        questions: N questions; those of one key are asked once.
+        image_folder: folder that their images are in.
+        answer: gives a batch its responses.
+        batch_size: questions a batch.
+        results: names of the files that are made of the responses; where a response is missing they are of another
+            set of questions, and removed until they are made again.
         desc: label of the progress bar.
+
+    Returns:
+        N responses, None where the image cannot be read, and for the names of these images what is wrong.
+
+    Raises:
+        ValueError: the folder holds another run or a damaged journal, no image can be read, or the processor is not
+            the model's.
     """
-    done, checked = len(journal.records), False
+    holds_run(folder, settings)
+    keys = [question_key(question, image_folder) for question in questions]
+    with Journal(folder / RESPONSES_FILE, {"text": str, "truncated": bool}) as journal:
+        missing = {key: each for key, each in zip(keys, questions, strict=True) if key not in journal.records}
+        unreadable = unreadable_images(image_folder, [question.image for question in missing.values()])
+        missing = {key: question for key, question in missing.items() if question.image not in unreadable}
+        done = len(set(keys) & journal.records.keys())
+        if missing:
+            model, processor = given.load()
+            with _evaluating(model):
+                first = next(iter(missing.values()))
+                check_processor(model, processor, read_image(image_path(image_folder, first.image)))
+                claim_folder(folder, settings)
+                for name in results:
+                    (folder / name).unlink(missing_ok=True)
+                with tqdm(total=done + len(missing), initial=done, unit="question", desc=desc) as progress:
+                    items = list(missing.items())
+                    for start in range(0, len(items), batch_size):
+                        batch = items[start : start + batch_size]
+                        _append(journal, batch, partial(answer, model, processor), image_folder)
+                        progress.update(len(batch))
+        elif not done:
+            reason = next(iter(unreadable.values())).rstrip(".")
+            raise ValueError(
+                f"image_folder: found no image that can be read among {len(unreadable)} ({reason}), expected at least "
+                "one."
+            )
+        elif all((folder / name).exists() for name in results):
+            print(f"{folder}: finished already, its {done:,} responses are there.", file=sys.stderr)
+        responses = [journal.records.get(key) for key in keys]
+    return [each and Response(each["text"], each["truncated"]) for each in responses], unreadable
+
+
+def _append(journal, batch, answer, image_folder):
+    questions = [question for _, question in batch]
+    images = [read_image(image_path(image_folder, question.image)) for question in questions]
+    answered = zip(batch, answer(questions, images), strict=True)
+    journal.append([{"key": key, "id": question.id, **asdict(response)} for (key, question), response in answered])
+
+
+@contextmanager
+def _evaluating(model):
     was_training = model.training
     model.eval()
     try:
-        with tqdm(total=len(questions), initial=done, unit="question", desc=desc) as progress:
-            for start in range(done, len(questions), journal.batch_size):
-                numbers = range(start, min(start + journal.batch_size, len(questions)))
-                images, records = {}, {}
-                for number in numbers:
-                    try:
-                        images[number] = read_image(image_paths[number])
-                    except ValueError as error:
-                        if skip is None:
-                            raise
-                        records[number] = skip(questions[number], error)
-                if images:
-                    if not checked:
-                        check_processor(model, processor, images[min(images)])
-                        checked = True
-                    answered = answer([questions[number] for number in images], list(images.values()))
-                    records |= zip(images, answered, strict=True)
-                journal.append([records[number] for number in numbers])
-                progress.update(len(numbers))
+        yield
     finally:
         model.train(was_training)

@@ -20,6 +20,16 @@ class Response:
     truncated: bool
 
 
+def check_count(name: str, value: object, wanted: str = "at least 1") -> None:
+    """Refuse what is not a whole number of at least 1.
+
+    Raises:
+        ValueError: with the `name` of the argument and what is `wanted`.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}: found {value!r}, expected {wanted}.")
+
+
 @dataclass(frozen=True, slots=True)
 class GenerationSettings:
     """How to decode: greedy, as in the paper, or by sampling.
@@ -44,8 +54,7 @@ class GenerationSettings:
     top_p: float | None = None
 
     def __post_init__(self):
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens: found {self.max_new_tokens}, expected at least 1.")
+        check_count("max_new_tokens", self.max_new_tokens)
         for name, fits, wanted in (
             ("temperature", lambda x: x > 0, "a number above 0"),
             ("top_p", lambda x: 0 < x <= 1, "a number above 0 and at most 1"),

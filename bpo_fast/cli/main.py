@@ -3,7 +3,6 @@
 import argparse
 import json
 import shlex
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -12,9 +11,11 @@ from pathlib import Path
 from bpo_fast import __version__
 from bpo_fast.cli.parser import Parser
 from bpo_fast.cli.quiet import end_bars, quiet
+from bpo_fast.runs.interrupts import interruptible
 from bpo_fast.runs.numbers import SEED, check_numbers
 
 
+@interruptible()
 @quiet()
 def bootstrap(argv: Sequence[str]) -> None:
     """Make preference pairs from annotated images."""
@@ -87,6 +88,7 @@ def train(argv: Sequence[str]) -> None:
         )
 
 
+@interruptible()
 @quiet()
 def evaluate(argv: Sequence[str]) -> None:
     """Score a model's answers about images."""
@@ -94,20 +96,22 @@ def evaluate(argv: Sequence[str]) -> None:
     from bpo_fast.cli.recipe import parse_arguments
 
     (arguments,) = parse_arguments([EvaluateArguments], argv, command="evaluate", description=evaluate.__doc__)
-    from bpo_fast.evaluate.run import ANSWERS_FILE, SCORES_FILE
+    from bpo_fast.evaluate.run import ANSWERS_FILE, SCORES_FILE, SKIPPED_FILE
     from bpo_fast.evaluate.run import evaluate as score
-    from bpo_fast.models.load import load_model, load_processor
 
     load_options = arguments.load_options()
     options = _without(asdict(arguments), "model_name_or_path", *load_options)
-    model = load_model(arguments.model_name_or_path, adapter=arguments.adapter, **load_options)
-    scores = score(model, load_processor(arguments.model_name_or_path), **options)
+    scores = score(arguments.model_name_or_path, None, model_init_kwargs=load_options, **options)
     print(json.dumps(scores, indent=2))
     change = "without --adapter" if arguments.adapter else "with --adapter ADAPTER"
+    skipped = scores["num_skipped"]
+    skipped = (
+        f"; {skipped:,} questions without an image that can be read left out, see {SKIPPED_FILE}" if skipped else ""
+    )
     # Standard output holds the scores alone, for other programs to read.
     print(
-        f"Scores in {arguments.output_dir} ({SCORES_FILE}; answers in {ANSWERS_FILE}). Next: to compare, the same "
-        f"command {change} and with another --output_dir",
+        f"Scores in {arguments.output_dir} ({SCORES_FILE}; answers in {ANSWERS_FILE}{skipped}). Next: to compare, the "
+        f"same command {change} and with another --output_dir",
         file=sys.stderr,
     )
 
@@ -173,7 +177,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `bpo-fast`; a user's mistake is one sentence on standard error.
 
     Returns:
-        Exit status: 0 when all went well, 2 for a mistake in the arguments or the data, 130 when interrupted.
+        Exit status: 0 when all went well, 2 for a mistake in the arguments or the data, 130 when
+        interrupted and 143 when asked to end by SIGTERM.
     """
     summaries = "\n".join(f"  {name:10} {command.__doc__}" for name, command in COMMANDS.items())
     parser = Parser(
@@ -193,9 +198,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return COMMANDS[arguments.command](arguments.options) or 0
     except KeyboardInterrupt as stopped:
         end_bars()
-        where = str(stopped) or "the same command resumes where this one stopped."
+        where = getattr(stopped, "where", None) or "the same command resumes where this one stopped."
         print(f"bpo-fast: interrupted; {where}", file=sys.stderr)
-        return 128 + getattr(stopped, "signal", signal.SIGINT)
+        return getattr(stopped, "status", 130)
     # A mistake of the user, or something that this machine lacks, with a sentence that says what to do.
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         end_bars()

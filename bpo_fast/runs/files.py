@@ -1,5 +1,6 @@
 """Files that are never half-written."""
 
+import filecmp
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -11,8 +12,35 @@ from bpo_fast.runs.text import shown
 
 
 @contextmanager
+def writing(path: str | os.PathLike, *others: str | os.PathLike) -> Iterator[None]:
+    """Turn the system's refusal to write `path` (a full disk, a missing permission) into a sentence.
+
+    Args:
+        path: the file or folder that the block writes.
+        others: names that it is written under meanwhile.
+
+    Raises:
+        OSError: the sentence; errors of other files pass through.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, str(path), *map(str, others)):
+            raise
+        raise OSError(
+            f"{path}: found that it cannot be written ({error.strerror}), expected room and permission for it; see to "
+            "that and give the same command again, or choose another folder."
+        ) from error
+
+
+@contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[TextIO]:
     """Open `path` for writing text under a temporary name; it takes its own name only when the block ends well.
+
+    A file that holds the same bytes already is left alone, its time of change included.
+
+    Raises:
+        OSError: it cannot be written; see `writing`.
 
     Example:
 
@@ -25,28 +53,43 @@ def replacing(path: str | os.PathLike) -> Iterator[TextIO]:
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path, temporary):
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            if not (path.is_file() and filecmp.cmp(temporary, path, shallow=False)):
+                os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def json_text(value: Any, **options: Any) -> str:
+    """`json.dumps` in readable letters, or in escapes where a file does not take a text: see `is_text`.
+
+    >>> print(json_text({"id": "é"}), json_text({"id": chr(0xD83D)}))
+    {"id": "é"} {"id": "\\ud83d"}
+    """
+    text = json.dumps(value, ensure_ascii=False, **options)
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, **options)
+    return text
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Write `value` as indented JSON, whole or not at all."""
     with replacing(path) as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
+        file.write(json_text(value, indent=2) + "\n")
 
 
 def write_jsonl(path: str | os.PathLike, records: Iterable[dict]) -> None:
     """Write one JSON object a line, whole or not at all."""
     with replacing(path) as file:
         for record in records:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.write(json_text(record) + "\n")
 
 
 def read_json(path: str | os.PathLike) -> Any:

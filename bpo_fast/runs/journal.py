@@ -1,75 +1,114 @@
 """The records made so far: one JSON object a line, appended and on disk before the next batch begins."""
 
-import fcntl
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from bpo_fast.runs.files import json_text, writing
+from bpo_fast.runs.text import shown
+
+_START = b'{"key": '  # of every line
 
 
 class Journal:
-    """Append-only JSON lines of a run that may be killed at any moment.
+    """Append-only JSON lines of a run that may be killed at any moment, each record found again by its key.
 
-    Records are appended a batch at a time and forced to disk. On opening, a line cut off by a kill is dropped, and so
-    are whole lines after the last multiple of `batch_size`: their batch is made again as it would have been.
+    Records are appended a batch at a time and forced to disk; each says how many of its batch are still `left` behind
+    it. What a kill cut off, a line or whole lines of an unfinished batch, does not count and is overwritten: that
+    batch is made again as it would have been. Any other damage is an error, so that nothing that was made is dropped
+    without a word. A file is written only once a record is appended.
 
     Args:
-        path: the file; made if there is none.
-        batch_size: records of a batch.
-        total: records of the finished run, whose last batch may be smaller.
+        path: the file; there may be none yet.
+        fields: what each record has beside its `key`, and of which type.
 
     Attributes:
-        records: all records on disk, in order.
+        records: key -> record, in the order of the file.
 
     Raises:
-        ValueError: another process is writing the file.
+        ValueError: a line is not a record; the sentence names it.
 
     Example:
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "responses.jsonl"
-    >>> with Journal(path, batch_size=2, total=5) as journal:
-    ...     journal.append([{"record": 0}, {"record": 1}])
-    >>> _ = path.write_text(path.read_text() + '{"record": 2}' + chr(10) + '{"rec')
-    >>> with Journal(path, batch_size=2, total=5) as journal:
-    ...     journal.records
-    [{'record': 0}, {'record': 1}]
+    >>> with Journal(path, {"text": str}) as journal:
+    ...     journal.append([{"key": "a", "text": "A cat."}, {"key": "b", "text": "A dog."}])
+    >>> _ = path.write_text(path.read_text() + '{"key": "c", "te')
+    >>> Journal(path, {"text": str}).records
+    {'a': {'key': 'a', 'text': 'A cat.'}, 'b': {'key': 'b', 'text': 'A dog.'}}
     """
 
-    def __init__(self, path: str | os.PathLike, batch_size: int, total: int):
-        self.batch_size = batch_size
-        self.records = []
-        self._file = Path(path).open("a+b")  # noqa: SIM115 - open and locked for the life of the journal
+    def __init__(self, path: str | os.PathLike, fields: Mapping[str, type]):
+        self.records = {}
+        self._path, self._fields = Path(path), {"key": str, **fields, "left": int}
+        self._file, self._end = None, 0
+        if self._path.exists():
+            self._read()
+
+    def _read(self):
+        position, batch = 0, {}
+        with self._path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                position += len(line)
+                if not line.endswith(b"\n") and _is_cut_off(line):
+                    break
+                record = self._parse(line, number)
+                left = record.pop("left")
+                batch[record["key"]] = record
+                if not left:
+                    self.records |= batch
+                    self._end, batch = position, {}
+
+    def _parse(self, line, number):
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.close()
+            record = json.loads(line.decode())
+            fits = isinstance(record, dict) and all(type(record.get(n)) is t for n, t in self._fields.items())
+        except (ValueError, RecursionError):
+            fits = False
+        if not fits:
             raise ValueError(
-                f"{path}: found another process writing it, expected none; wait for it or choose another output_dir."
-            ) from None
-        self._file.seek(0)
-        ends = [0]
-        for line in self._file:
-            if not line.endswith(b"\n"):
-                break
-            try:
-                self.records.append(json.loads(line))
-            except ValueError:
-                break
-            ends.append(ends[-1] + len(line))
-        kept = total if len(self.records) == total else len(self.records) // batch_size * batch_size
-        del self.records[kept:]
-        self._file.truncate(ends[kept])
+                f"{self._path}, line {number}: found {shown(line.decode(errors='replace').rstrip())}, expected a "
+                f"record of {', '.join(self._fields)}; delete the line, and the same command makes it again."
+            )
+        return record
 
     def append(self, records: Sequence[dict]) -> None:
-        """Add `records` and return when they are on disk."""
-        self._file.write(b"".join(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self.records.extend(records)
+        """Add a batch of `records` and return when they are on disk.
+
+        Raises:
+            OSError: they cannot be written; the journal is as it was.
+        """
+        lefts = reversed(range(len(records)))
+        lines = (
+            json_text({"key": record["key"], **record, "left": left}) + "\n"
+            for record, left in zip(records, lefts, strict=True)
+        )
+        data = memoryview("".join(lines).encode())
+        with writing(self._path):
+            if self._file is None:
+                self._file = self._path.open("ab", buffering=0)
+                self._file.truncate(self._end)
+            try:
+                rest = data
+                while rest:
+                    rest = rest[self._file.write(rest) :]
+                os.fsync(self._file.fileno())
+            except BaseException:
+                self._file.truncate(self._end)
+                raise
+        self._end += len(data)
+        self.records |= {record["key"]: record for record in records}
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+
+
+def _is_cut_off(line):
+    """Whether a last line is what a kill leaves of a record, or a power failure of a file that had grown already."""
+    return line.startswith(_START) or _START.startswith(line) or not line.strip(b"\0")

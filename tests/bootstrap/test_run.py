@@ -10,8 +10,10 @@ from PIL import Image
 from tiny_models import SPECIAL
 
 from bpo_fast.answers.generate import GenerationSettings, generate
+from bpo_fast.answers.given import GivenModel
 from bpo_fast.bootstrap import bootstrap, weaken
-from bpo_fast.data import load_preference_dataset, read_annotations, read_image
+from bpo_fast.bootstrap.run import _draw
+from bpo_fast.data import Annotation, load_preference_dataset, read_annotations, read_image
 from bpo_fast.runs.files import read_json
 from bpo_fast.runs.journal import Journal
 
@@ -43,6 +45,11 @@ def annotated(tmp_path):
     path = tmp_path / "data.json"
     path.write_text(json.dumps(records))
     return path, folder
+
+
+def lines(folder):
+    path = folder / "responses.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
 
 
 def contents(folder):
@@ -139,10 +146,11 @@ def test_stopped_anywhere_it_ends_as_a_run_left_alone(tiny_llava, annotated, tmp
             patch.setattr(Journal, "append", stop)
             with pytest.raises(KeyboardInterrupt):
                 bootstrap(model, processor, *annotated, out, **options)
-        assert len((out / "responses.jsonl").read_text().splitlines()) == 2 * batches
+        assert len(lines(out)) == 2 * batches
         assert not (out / "pairs.jsonl").exists()
-        with (out / "responses.jsonl").open("a") as journal:
-            journal.write('{"record": 1, "te')
+        if batches:
+            with (out / "responses.jsonl").open("a") as journal:
+                journal.write('{"key": "sha256:1')
         bootstrap(model, processor, *annotated, out, **options)
         assert contents(out) == contents(tmp_path / "whole")
 
@@ -190,25 +198,29 @@ def test_batch_size_and_order_of_records_change_nothing(tiny_llava, annotated, t
     assert in_reverse["rejected"] == expected["rejected"][::-1]
 
 
+def save(tiny_llava, folder):
+    for part in tiny_llava:
+        part.save_pretrained(folder)
+    return folder
+
+
 def test_a_model_is_loaded_from_its_path(tiny_llava, annotated, tmp_path):
-    model, processor = tiny_llava
-    model.save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
-    expected = bootstrap(model, processor, *annotated, tmp_path / "model-given", **OPTIONS)
-    dataset = bootstrap(
-        tmp_path / "model", None, *annotated, tmp_path / "out", model_init_kwargs={"dtype": "float32"}, **OPTIONS
-    )
+    path = save(tiny_llava, tmp_path / "model")
+    expected = bootstrap(*tiny_llava, *annotated, tmp_path / "model-given", **OPTIONS)
+    dataset = bootstrap(path, None, *annotated, tmp_path / "out", model_init_kwargs={"dtype": "float32"}, **OPTIONS)
     assert dataset.to_dict() == expected.to_dict()
 
 
-def test_a_finished_run_is_not_made_again(tiny_llava, annotated, tmp_path):
-    model, processor = tiny_llava
-    model.config._name_or_path = "no model is there"
-    expected = bootstrap(model, processor, *annotated, tmp_path / "out", **OPTIONS)
-    before = contents(tmp_path / "out")
-    again = bootstrap(model.name_or_path, None, *annotated, tmp_path / "out", **OPTIONS)
-    assert contents(tmp_path / "out") == before
-    assert again.to_dict() == expected.to_dict() == load_preference_dataset(tmp_path / "out").to_dict()
+def test_a_finished_run_is_not_made_again(tiny_llava, annotated, tmp_path, monkeypatch, capsys):
+    path, out = save(tiny_llava, tmp_path / "model"), tmp_path / "out"
+    expected = bootstrap(path, None, *annotated, out, **OPTIONS)
+    assert "finished" not in capsys.readouterr().err
+    before = contents(out), {name: (out / name).stat().st_mtime_ns for name in OUTPUTS}
+    monkeypatch.setattr(GivenModel, "load", lambda given: pytest.fail("loaded"))
+    again = bootstrap(path, None, *annotated, out, **OPTIONS)
+    assert (contents(out), {name: (out / name).stat().st_mtime_ns for name in OUTPUTS}) == before
+    assert again.to_dict() == expected.to_dict() == load_preference_dataset(out).to_dict()
+    assert "out: finished already, its 5 responses are there." in capsys.readouterr().err
 
 
 def test_another_run_in_the_folder_is_refused(tiny_llava, annotated, tmp_path):
@@ -217,23 +229,109 @@ def test_another_run_in_the_folder_is_refused(tiny_llava, annotated, tmp_path):
     before = contents(tmp_path / "out")
     with pytest.raises(ValueError, match=r"output_dir: found another run in .*out' \(seed is 5 there and 6 here\)"):
         bootstrap(model, processor, *annotated, tmp_path / "out", **OPTIONS | {"seed": 6})
-    records = json.loads(annotated[0].read_text())[1:]
-    with pytest.raises(ValueError, match=r"output_dir: found another run in .*out' \(annotations is"):
-        bootstrap(model, processor, records, annotated[1], tmp_path / "out", **OPTIONS)
     assert contents(tmp_path / "out") == before
 
 
-def test_max_samples_draws_by_seed(tiny_llava, annotated, tmp_path):
-    model, processor = tiny_llava
+def test_a_model_or_adapter_trained_again_into_the_same_folder_is_another_run(tiny_llava, annotated, tmp_path):
+    path, out = save(tiny_llava, tmp_path / "model"), tmp_path / "out"
+    bootstrap(path, None, *annotated, out, **OPTIONS)
+    before = contents(out)
+    row = tiny_llava[0].lm_head.weight.data[20]
+    kept = row.clone()
+    row += 1
+    save(tiny_llava, path)
+    with pytest.raises(
+        ValueError, match=r"\(model '.*model' had other weights then: it was changed or trained again\)"
+    ):
+        bootstrap(path, None, *annotated, out, **OPTIONS)
+    row.copy_(kept)
+    save(tiny_llava, path)
+    with pytest.raises(ValueError, match=r"\(dtype is 'auto' there and 'bfloat16' here\)"):
+        bootstrap(path, None, *annotated, out, **OPTIONS, model_init_kwargs={"dtype": "bfloat16"})
+    assert contents(out) == before
 
-    def ids(name, seed):
-        options = OPTIONS | {"seed": seed, "max_samples": 3}
-        bootstrap(model, processor, *annotated, tmp_path / name, **options)
-        return sorted(line["record"] for line in read_json(tmp_path / name / "responses.jsonl"))
 
-    assert len(ids("a", 0)) == 3
-    assert ids("a", 0) == ids("b", 0)
-    assert len({tuple(ids(f"seed-{seed}", seed)) for seed in range(4)}) > 1
+def asked(monkeypatch):
+    """The ids that are asked from now on, in their batches."""
+    append, calls = Journal.append, []
+
+    def spy(journal, records):
+        calls.append([record["id"] for record in records])
+        append(journal, records)
+
+    monkeypatch.setattr(Journal, "append", spy)
+    return calls
+
+
+def test_added_changed_and_removed_records_cost_only_themselves(tiny_llava, annotated, tmp_path, monkeypatch):
+    path, folder = annotated
+    records = json.loads(path.read_text())
+    bootstrap(*tiny_llava, records[:4], folder, tmp_path / "out", **OPTIONS)
+    calls = asked(monkeypatch)
+    records[5]["conversations"][0]["value"] = "<image> w50"
+    Image.frombytes("RGB", (16, 16), random.Random(2).randbytes(768)).save(folder / "2.png")  # mended
+    del records[0]
+    dataset = bootstrap(*tiny_llava, records, folder, tmp_path / "out", **OPTIONS)
+    assert calls == [["r2", "r5"], ["r6"]]
+    fresh = bootstrap(*tiny_llava, records, folder, tmp_path / "fresh", **OPTIONS)
+    assert dataset.to_dict() == fresh.to_dict()
+    for name in ("pairs.jsonl", "skipped.jsonl", "metadata.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "fresh" / name).read_bytes()
+
+
+def test_more_samples_go_on_with_those_that_are_there(tiny_llava, annotated, tmp_path, monkeypatch):
+    calls, out = asked(monkeypatch), tmp_path / "out"
+    for max_samples, wanted in ((1, 1), (3, 2), (2, 0), (None, 2)):
+        calls.clear()
+        dataset = bootstrap(*tiny_llava, *annotated, out, **OPTIONS, max_samples=max_samples)
+        assert len(dataset) == (max_samples or 5)
+        assert sum(map(len, calls)) == wanted
+    assert dataset.to_dict() == bootstrap(*tiny_llava, *annotated, tmp_path / "whole", **OPTIONS).to_dict()
+
+
+def test_another_limit_of_words_costs_no_response(tiny_llava, annotated, tmp_path, monkeypatch):
+    records, out = json.loads(annotated[0].read_text()), tmp_path / "out"
+    records[6]["conversations"][1]["value"] = " ".join(["w3"] * 8)
+    whole = bootstrap(*tiny_llava, records, annotated[1], out, **OPTIONS)
+    calls = asked(monkeypatch)
+    fewer = bootstrap(*tiny_llava, records, annotated[1], out, **OPTIONS, max_response_words=7)
+    assert fewer["id"] == whole["id"][:-1]
+    again = bootstrap(*tiny_llava, records, annotated[1], out, **OPTIONS)
+    assert again.to_dict() == whole.to_dict()
+    with pytest.raises(
+        ValueError, match=r"found no pair in 7 records \(4 with a response of \d words, over max_response"
+    ):
+        bootstrap(*tiny_llava, records, annotated[1], out, **OPTIONS, max_response_words=4)
+    assert not (out / "pairs.jsonl").exists()  # which would be those of another limit
+    assert calls == []
+
+
+def test_a_run_that_goes_on_is_unfinished_until_its_pairs_are_whole(tiny_llava, annotated, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    bootstrap(*tiny_llava, *annotated, out, **OPTIONS, max_samples=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "append", lambda journal, records: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            bootstrap(*tiny_llava, *annotated, out, **OPTIONS)
+    with pytest.raises(ValueError, match="dataset: found an unfinished bootstrap in"):
+        load_preference_dataset(out)
+    assert len(bootstrap(*tiny_llava, *annotated, out, **OPTIONS)) == 5
+
+
+def test_max_samples_draws_by_seed_and_a_larger_number_the_same_and_more(annotated):
+    records = [f"r{number}" for number in range(2000)]
+    samples = [Annotation(number, name, "1.png", "What?", "A cat.") for number, name in enumerate(records)]
+
+    def drawn(seed, samples):
+        return [sample.id for sample in sorted(samples, key=lambda sample: _draw(seed, sample))]
+
+    assert drawn(0, samples) == drawn(0, samples[::-1])
+    assert drawn(0, samples) != drawn(1, samples)
+    fewer = set(drawn(0, samples[:1000]))
+    assert [name for name in drawn(0, samples) if name in fewer] == drawn(0, samples[:1000])
+    # Uniform: of the first 1000 drawn about half come from either half of the file (4 standard deviations).
+    first_half = sum(int(name[1:]) < 1000 for name in drawn(0, samples)[:1000])
+    assert abs(first_half - 500) < 4 * (1000 * 0.25 * 0.5) ** 0.5
 
 
 def test_sampling_follows_the_seed(tiny_llava, annotated, tmp_path):
@@ -259,6 +357,8 @@ def test_the_model_is_left_in_its_mode(tiny_llava, annotated, tmp_path):
         ({"noise_step": 1000}, r"noise_step: found 1000, expected None or a step from 0 to 999"),
         ({"noise_target": "image"}, "noise_target: found 'image', expected one of features, pixels, projected"),
         ({"schedule": "exp"}, "schedule: found 'exp', expected one of sigmoid, linear, cosine"),
+        ({"seed": None}, "seed: found None, expected a whole number"),
+        ({"max_new_tokens": None}, "max_new_tokens: found None, expected at least 1"),
         ({"temperature": 0.7}, "temperature: found 0.7, expected None with greedy decoding"),
     ],
 )

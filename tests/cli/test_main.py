@@ -168,7 +168,10 @@ def test_sft_trains_another_adapter_on_the_same_pairs(world):
         (["bootstrap", *RUN, "--annotations", "none.json"], "none.json: found no such file, expected a JSON file"),
         (["bootstrap", *RUN, "--image_folder", "none"], "image_folder: found no folder 'none'"),
         (["bootstrap", *RUN, "--adapter", "images"], "adapter: found none that loads in 'images'"),
-        (["bootstrap", *RUN, "--model_name_or_path", "none"], "found none that loads in 'none'"),
+        (
+            ["bootstrap", *RUN, "--model_name_or_path", "none"],
+            "model: found no folder 'none', expected one, or a model id",
+        ),
         (["doctor", "--fast"], "--fast: found no such option, expected one of this command's; see bpo-fast doctor "),
         (["demo", "--seeds", "a"], "--seeds: found 'a', expected a whole number; see bpo-fast demo --help."),
         (["demo", "--seeds", "0", "-1"], "seed: found -1, expected a whole number from 0 to 2**32 - 1."),

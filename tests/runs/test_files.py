@@ -1,4 +1,5 @@
 import json
+import resource
 
 import pytest
 
@@ -91,3 +92,43 @@ def test_what_is_not_a_file(tmp_path):
     for name, found in (("a.json", "a folder"), ("b.json", "no such file"), (f"{'c' * 300}.json", "no such file")):
         with pytest.raises(FileNotFoundError, match=rf"{name}: found {found}, expected a JSON file\."):
             read_json(tmp_path / name)
+
+
+def test_the_same_content_leaves_a_file_untouched(tmp_path):
+    path = tmp_path / "records.jsonl"
+    write_jsonl(path, [{"a": 1}])
+    before = path.stat()
+    write_jsonl(path, [{"a": 1}])
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    write_jsonl(path, [{"a": 2}])
+    assert path.stat().st_ino != before.st_ino
+    assert path.read_text() == '{"a": 2}\n'
+
+
+def test_half_a_surrogate_pair_is_written_as_an_escape(tmp_path):
+    write_json(tmp_path / "a.json", {"id": "\ud83d", "text": "é"})
+    assert read_json(tmp_path / "a.json") == {"id": "\ud83d", "text": "é"}
+    write_json(tmp_path / "a.json", {"text": "é"})
+    assert (tmp_path / "a.json").read_text(encoding="utf-8") == '{\n  "text": "é"\n}\n'
+
+
+def test_a_file_that_cannot_be_written_is_one_sentence(tmp_path):
+    write_json(tmp_path / "a.json", {"a": 1})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(
+            OSError, match=r"a\.json: found that it cannot be written \(File too large\), expected room"
+        ):
+            write_json(tmp_path / "a.json", {"a": "x" * 1000})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
+    assert read_json(tmp_path / "a.json") == {"a": 1}
+    with pytest.raises(OSError, match=r"a\.json: found that it cannot be written \(No such file or directory\)"):
+        write_json(tmp_path / "none" / "a.json", {})
+
+
+def test_errors_of_other_files_pass_through(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"other\.txt"), replacing(tmp_path / "a.txt"):
+        (tmp_path / "other.txt").read_text()

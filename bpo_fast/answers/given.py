@@ -1,0 +1,67 @@
+"""A model as a caller gives it: loaded, or the path of one that is loaded once there is work for it."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bpo_fast.models.load import load_model, load_processor
+from bpo_fast.models.weights import model_fingerprint, weights_fingerprint
+
+
+@dataclass(frozen=True)
+class GivenModel:
+    """What answers: a model, its processor and its adapter.
+
+    Args:
+        model: vision-language model of transformers, or the path of one.
+        processor: its processor; None takes the one saved with the model.
+        adapter: path of the LoRA adapter that `model` carries, or gets where `model` is a path.
+        init_kwargs: further arguments of `bpo_fast.models.load.load_model` where `model` is a path.
+
+    Raises:
+        ValueError: `init_kwargs` beside a loaded model.
+    """
+
+    model: Any
+    processor: Any = None
+    adapter: str | os.PathLike | None = None
+    init_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.init_kwargs and not self._is_path:
+            raise ValueError("model_init_kwargs: found some beside a loaded model, expected them with a path.")
+
+    @property
+    def _is_path(self):
+        return isinstance(self.model, str | Path)
+
+    def settings(self) -> dict:
+        """What of a run's settings the model decides: its weights and its adapter's, data type and quantisation.
+
+        Raises:
+            ValueError, OSError: there is no model or adapter at its path.
+        """
+        adapter = None
+        if self.adapter is not None:
+            adapter = {"path": str(self.adapter), "weights": weights_fingerprint(self.adapter)}
+        if self._is_path:
+            path, weights = str(self.model), weights_fingerprint(self.model)
+            dtype, quantization = self.init_kwargs.get("dtype", "auto"), self.init_kwargs.get("quantization")
+        else:
+            path, weights = self.model.name_or_path, model_fingerprint(self.model)
+            dtype, quantization = self.model.dtype, getattr(self.model.config, "quantization_config", None)
+        return {
+            "model": {"path": path, "weights": weights},
+            "adapter": adapter,
+            "dtype": str(dtype).removeprefix("torch."),
+            "quantization": None if quantization is None else str(quantization),
+        }
+
+    def load(self) -> tuple[Any, Any]:
+        """The model and its processor."""
+        path = str(self.model) if self._is_path else self.model.name_or_path
+        processor = self.processor or load_processor(path)
+        model = load_model(path, adapter=self.adapter, **self.init_kwargs) if self._is_path else self.model
+        return model, processor
