@@ -105,9 +105,8 @@ def evaluate(argv: Sequence[str]) -> None:
     print(json.dumps(scores, indent=2))
     change = "without --adapter" if arguments.adapter else "with --adapter ADAPTER"
     skipped = scores["num_skipped"]
-    skipped = (
-        f"; {skipped:,} questions without an image that can be read left out, see {SKIPPED_FILE}" if skipped else ""
-    )
+    one, more = "1 question whose image cannot be read is", f"{skipped:,} questions whose images cannot be read are"
+    skipped = f"; {one if skipped == 1 else more} left out, see {SKIPPED_FILE}" if skipped else ""
     # Standard output holds the scores alone, for other programs to read.
     print(
         f"Scores in {arguments.output_dir} ({SCORES_FILE}; answers in {ANSWERS_FILE}{skipped}). Next: to compare, the "
