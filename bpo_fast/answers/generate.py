@@ -1,12 +1,18 @@
 """Answers to questions about images, in batches."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from PIL import Image
 from torch import nn
-from transformers import ProcessorMixin
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    ProcessorMixin,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from bpo_fast.models.packed_forward import image_features
 from bpo_fast.models.prompt import encode, image_inputs, question, render
@@ -55,6 +61,8 @@ class GenerationSettings:
 
     def __post_init__(self):
         check_count("max_new_tokens", self.max_new_tokens)
+        if not isinstance(self.do_sample, bool):
+            raise ValueError(f"do_sample: found {self.do_sample!r}, expected True or False.")
         for name, fits, wanted in (
             ("temperature", lambda x: x > 0, "a number above 0"),
             ("top_p", lambda x: 0 < x <= 1, "a number above 0 and at most 1"),
@@ -64,6 +72,22 @@ class GenerationSettings:
                 raise ValueError(f"{name}: found {value}, expected None with greedy decoding; set do_sample.")
             if value is not None and not fits(value):
                 raise ValueError(f"{name}: found {value}, expected {wanted}.")
+
+
+class _Draw(LogitsProcessor):
+    """Makes the likeliest token a draw from the softmax: the argmax of logits + Gumbel noise is one.
+
+    Each question has random numbers of its own, so that what it draws does not depend on the others of its batch.
+    """
+
+    def __init__(self, seeds, device):
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids, scores):
+        exponential = torch.empty_like(scores)
+        for row, generator in zip(exponential, self.generators, strict=True):
+            row.exponential_(generator=generator)
+        return scores - exponential.clamp_(min=torch.finfo(scores.dtype).tiny).log_()  # -log of it is Gumbel noise
 
 
 def _encode(model, processor, images, questions):
@@ -79,28 +103,37 @@ def generate(
     questions: Sequence[str],
     settings: GenerationSettings,
     *,
-    seed: int = 0,
+    seeds: Sequence[int] | None = None,
 ) -> list[Response]:
-    """Answer a batch of questions.
+    """Answer a batch of questions, each as it would be answered alone, but for floating-point rounding.
 
     Args:
         model: vision-language model, in evaluation mode.
         processor: its processor, with a chat template.
         images, questions: one image a question.
-        settings: how to decode.
-        seed: of sampling; the caller's random state is left as it was.
+        settings: how to decode; what a checkpoint says of sampling does not count.
+        seeds: of sampling, one a question; by default 0, 1, ... The caller's random state is left as it was.
 
     Returns:
         One answer a question.
     """
     inputs = _encode(model, processor, images, questions)
     tokenizer = processor.tokenizer
-    # A checkpoint's own sampling defaults would otherwise come through.
-    top_k = {} if settings.do_sample else {"top_k": None}
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        sequences = model.generate(**inputs, **asdict(settings), **top_k, pad_token_id=tokenizer.pad_token_id)
+    sampling = LogitsProcessorList()
+    if settings.do_sample:
+        if settings.temperature is not None:
+            sampling.append(TemperatureLogitsWarper(float(settings.temperature)))
+        if settings.top_p is not None:
+            sampling.append(TopPLogitsWarper(float(settings.top_p)))
+        sampling.append(_Draw(range(len(questions)) if seeds is None else seeds, model.device))
+    greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+    sequences = model.generate(
+        **inputs,
+        **greedy,
+        max_new_tokens=settings.max_new_tokens,
+        logits_processor=sampling,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     tokens = sequences[:, inputs["input_ids"].shape[1] :]
     ends = model.generation_config.eos_token_id
     ends = torch.tensor(tokenizer.eos_token_id if ends is None else ends, device=tokens.device)

@@ -66,8 +66,8 @@ def bootstrap(
         noise_target, noise_step, schedule, seed: noise on the images, see `weaken`; `noise_step=None` leaves them as
             they are, which gives self-generated rejected responses.
         max_new_tokens, do_sample, temperature, top_p: decoding, greedy by default; sampling is seeded by `seed` and
-            the batch.
-        batch_size: questions a batch. Greedy responses do not depend on it, but for floating-point rounding.
+            the record.
+        batch_size: questions a batch. Responses do not depend on it, but for floating-point rounding.
         max_response_words: pairs with a longer response are skipped; None keeps all.
         max_samples: number of annotations, drawn uniformly by `seed`, a larger number the smaller one's and more; None
             takes all.
@@ -127,7 +127,7 @@ def bootstrap(
         ids = [sample.sample_id for sample in batch]
         texts = [sample.question for sample in batch]
         with weaken(model, sample_ids=ids, **noise):
-            return generate(model, processor, images, texts, decoding, seed=(seed + ids[0]) % 2**63)
+            return generate(model, processor, images, texts, decoding, seeds=[_draw(seed, each) for each in batch])
 
     with locked_folder(output_dir) as folder:
         options = {"batch_size": batch_size, "results": (PAIRS_FILE, SKIPPED_FILE), "desc": "bootstrap"}
@@ -159,7 +159,8 @@ def bootstrap(
 
 def _draw(seed, sample):
     """A number of each sample and seed: the n lowest are a uniform draw, whatever other samples there are."""
-    return hashlib.blake2b(f"{seed} {sample.sample_id}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{seed} {sample.sample_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 def _pair(samples, responses, unreadable, rejected_type, max_response_words):

@@ -1,4 +1,5 @@
 import random
+from collections import Counter
 
 import pytest
 import torch
@@ -62,16 +63,57 @@ def test_sampling_depends_on_the_seed_and_leaves_the_random_state(tiny_llava, im
     model, processor = tiny_llava
     settings = GenerationSettings(max_new_tokens=8, do_sample=True, temperature=2.0)
     state = torch.get_rng_state()
-    first, again, other = (generate(model, processor, images, QUESTIONS, settings, seed=s) for s in (1, 1, 2))
+    seeds = [[1, 2, 3], [1, 2, 3], [4, 5, 6]]
+    first, again, other = (generate(model, processor, images, QUESTIONS, settings, seeds=each) for each in seeds)
     assert first == again
     assert first != other
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 2.0}, {"top_p": 0.7}])
+def test_a_sampled_answer_does_not_depend_on_its_batch(tiny_llava, images, options):
+    model, processor = tiny_llava
+    model.lm_head.weight.data[model.config.image_token_id] = 0
+    settings = GenerationSettings(max_new_tokens=8, do_sample=True, **options)
+    batch = generate(model, processor, images, QUESTIONS, settings, seeds=[7, 8, 9])
+    for number in (2, 0, 1):
+        alone = generate(model, processor, [images[number]], [QUESTIONS[number]], settings, seeds=[7 + number])
+        assert alone == [batch[number]]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [0.5, 0.3, 0.15, 0.05]),
+        ({"temperature": 0.5}, [0.25, 0.09, 0.0225, 0.0025]),
+        ({"top_p": 0.7}, [0.5, 0.3, 0, 0]),  # the likeliest tokens that have 0.7 together
+    ],
+)
+def test_tokens_are_drawn_with_their_probabilities(tiny_llava, images, options, expected, monkeypatch):
+    """All first tokens of many questions, from logits of four probabilities."""
+    model, processor = tiny_llava
+    words = processor.tokenizer.convert_tokens_to_ids(["w1", "w2", "w3", "w4"])
+
+    def head(hidden):
+        logits = hidden.new_full((*hidden.shape[:-1], model.config.text_config.vocab_size), float("-inf"))
+        logits[..., words] = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+        return logits
+
+    monkeypatch.setattr(model.lm_head, "forward", head)
+    count, settings = 1000, GenerationSettings(max_new_tokens=1, do_sample=True, **options)
+    responses = generate(model, processor, [images[0]] * count, ["w1"] * count, settings, seeds=range(count))
+    drawn = Counter(response.text for response in responses)
+    for word, weight in zip(("w1", "w2", "w3", "w4"), expected, strict=True):
+        p = weight / sum(expected)
+        assert abs(drawn[word] - count * p) <= 4 * (count * p * (1 - p)) ** 0.5
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens: found 0, expected at least 1"),
+        ({"max_new_tokens": None}, "max_new_tokens: found None, expected at least 1"),
+        ({"do_sample": None}, "do_sample: found None, expected True or False"),
         ({"temperature": 0.5}, "temperature: found 0.5, expected None with greedy decoding"),
         ({"top_p": 0.5}, "top_p: found 0.5, expected None with greedy decoding"),
         ({"do_sample": True, "temperature": 0.0}, "temperature: found 0.0, expected a number above 0"),

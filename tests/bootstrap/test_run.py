@@ -188,12 +188,14 @@ def test_killed_it_goes_on_and_loses_nothing(tiny_llava, annotated, tmp_path):
     assert contents(out) == contents(tmp_path / "whole")
 
 
-def test_batch_size_and_order_of_records_change_nothing(tiny_llava, annotated, tmp_path):
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_batch_size_and_order_of_records_change_nothing(tiny_llava, annotated, tmp_path, do_sample):
     model, processor = tiny_llava
-    expected = bootstrap(model, processor, *annotated, tmp_path / "two", **OPTIONS)
+    options = OPTIONS | {"do_sample": do_sample}
+    expected = bootstrap(model, processor, *annotated, tmp_path / "two", **options)
     records = json.loads(annotated[0].read_text())
     out = tmp_path / "three"
-    in_reverse = bootstrap(model, processor, records[::-1], annotated[1], out, **OPTIONS | {"batch_size": 3})
+    in_reverse = bootstrap(model, processor, records[::-1], annotated[1], out, **options | {"batch_size": 3})
     assert in_reverse["id"] == expected["id"][::-1]
     assert in_reverse["rejected"] == expected["rejected"][::-1]
 
@@ -263,17 +265,21 @@ def asked(monkeypatch):
     return calls
 
 
-def test_added_changed_and_removed_records_cost_only_themselves(tiny_llava, annotated, tmp_path, monkeypatch):
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_added_changed_and_removed_records_cost_only_themselves(
+    tiny_llava, annotated, tmp_path, monkeypatch, do_sample
+):
     path, folder = annotated
     records = json.loads(path.read_text())
-    bootstrap(*tiny_llava, records[:4], folder, tmp_path / "out", **OPTIONS)
+    options = OPTIONS | {"do_sample": do_sample}
+    bootstrap(*tiny_llava, records[:4], folder, tmp_path / "out", **options)
     calls = asked(monkeypatch)
     records[5]["conversations"][0]["value"] = "<image> w50"
     Image.frombytes("RGB", (16, 16), random.Random(2).randbytes(768)).save(folder / "2.png")  # mended
     del records[0]
-    dataset = bootstrap(*tiny_llava, records, folder, tmp_path / "out", **OPTIONS)
+    dataset = bootstrap(*tiny_llava, records, folder, tmp_path / "out", **options)
     assert calls == [["r2", "r5"], ["r6"]]
-    fresh = bootstrap(*tiny_llava, records, folder, tmp_path / "fresh", **OPTIONS)
+    fresh = bootstrap(*tiny_llava, records, folder, tmp_path / "fresh", **options)
     assert dataset.to_dict() == fresh.to_dict()
     for name in ("pairs.jsonl", "skipped.jsonl", "metadata.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "fresh" / name).read_bytes()
