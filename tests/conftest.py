@@ -8,6 +8,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 from tiny_models import make_llava, make_processor
 
+pytest.register_assert_rewrite("bad_input")
+
 
 @pytest.fixture(scope="session")
 def processor():

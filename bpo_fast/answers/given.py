@@ -63,6 +63,7 @@ class GivenModel:
     def load(self) -> tuple[Any, Any]:
         """The model and its processor."""
         path = str(self.model) if self._is_path else self.model.name_or_path
-        processor = self.processor or load_processor(path)
+        trust = bool(self.init_kwargs.get("trust_remote_code"))
+        processor = self.processor or load_processor(path, trust_remote_code=trust)
         model = load_model(path, adapter=self.adapter, **self.init_kwargs) if self._is_path else self.model
         return model, processor

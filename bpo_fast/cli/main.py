@@ -41,6 +41,7 @@ def bootstrap(argv: Sequence[str]) -> None:
     )
 
 
+@interruptible()
 @quiet()
 def train(argv: Sequence[str]) -> None:
     """Train an adapter on preference pairs, or on their chosen answers with --loss_type sft."""

@@ -209,6 +209,8 @@ def _with_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
 
 def _check_processor_files(folder: Path, trust_remote_code: bool) -> None:
     configs = [folder / name for name in _PROCESSOR_CONFIGS]
+    if (folder / ADAPTER_CONFIG).is_file() and not any(map(Path.is_file, configs)):
+        raise found_an_adapter(folder)
     refuse_remote_code(configs, trust_remote_code=trust_remote_code)
     for file in (folder / name for name in _PROCESSOR_FILES):
         if file.is_file():

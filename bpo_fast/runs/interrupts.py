@@ -11,6 +11,7 @@ class Interrupted(KeyboardInterrupt):
 
     Attributes:
         signum: which one.
+        where: where the run goes on, if it says so.
         status: what a shell expects as exit status.
 
     Example:
@@ -19,9 +20,10 @@ class Interrupted(KeyboardInterrupt):
     143
     """
 
-    def __init__(self, signum: int):
+    def __init__(self, signum: int, where: str | None = None):
         super().__init__(f"interrupted by {signal.Signals(signum).name}")
         self.signum = signum
+        self.where = where
         self.status = 128 + signum
 
 

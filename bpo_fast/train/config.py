@@ -74,10 +74,8 @@ class BPOConfig(LossOptions, TrainingArguments):
     strict: bool = field(
         default=False, metadata={"help": "Stop for a pair that cannot be used instead of leaving it out."}
     )
-    # transformers' filter reads the loss back after every batch and logs one that is not finite as 0.
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Without effect: a loss that is not finite stops the run."}
-    )
+    # On by default in transformers, where it reads the loss back after every batch.
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Has to be false."})
 
     def __post_init__(self):
         if self.bf16 is None:

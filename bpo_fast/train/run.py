@@ -18,12 +18,13 @@ from bpo_fast.data.pairs import dataset_fingerprint, load_preference_dataset
 from bpo_fast.models.load import load_model, load_processor
 from bpo_fast.models.weights import weights_fingerprint
 from bpo_fast.runs.files import read_json, write_json
-from bpo_fast.runs.lock import locked
+from bpo_fast.runs.folder import locked_folder
+from bpo_fast.runs.interrupts import Interrupted
 from bpo_fast.train.card import public_name, write_card
 from bpo_fast.train.checkpoints import last_complete_checkpoint
 from bpo_fast.train.config import BPOConfig
 from bpo_fast.train.settings import deciding_settings, differences
-from bpo_fast.train.stopping import Interrupted, StopOnSignal
+from bpo_fast.train.stopping import StopOnSignal
 from bpo_fast.train.trainer import BPOTrainer
 
 RECORD_FILE = "run.json"
@@ -80,7 +81,7 @@ def train(
         pairs, held_out = _split(pairs, eval_fraction, config.seed)
     folder = Path(config.output_dir)
     is_main = config.process_index == 0
-    with locked(folder) if is_main else nullcontext():
+    with locked_folder(folder) if is_main else nullcontext():
         num_steps = _finished_steps(folder, settings)
         if num_steps is not None:
             return Trained(len(pairs), num_steps, was_finished=True)
@@ -89,7 +90,7 @@ def train(
             args=config,
             train_dataset=pairs,
             eval_dataset=held_out,
-            processing_class=load_processor(model),
+            processing_class=load_processor(model, trust_remote_code=bool(model_init_kwargs.get("trust_remote_code"))),
             peft_config=peft_config,
         )
         checkpoint = config.resume_from_checkpoint or last_complete_checkpoint(

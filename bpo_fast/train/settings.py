@@ -41,6 +41,7 @@ HARMLESS = frozenset(
         "hub_revision",
         # Evaluation on the way; `load_best_model_at_end`, by which it would choose the result, is compared.
         "eval_strategy",
+        "do_eval",
         "eval_steps",
         "eval_delay",
         "eval_on_start",

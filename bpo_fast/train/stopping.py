@@ -11,18 +11,6 @@ from transformers import TrainerCallback
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Interrupted(KeyboardInterrupt):
-    """A signal has ended a run in good order; says where it goes on.
-
-    Attributes:
-        signal: that came.
-    """
-
-    def __init__(self, number: signal.Signals, where: str):
-        super().__init__(where)
-        self.signal = number
-
-
 class StopOnSignal(TrainerCallback):
     """While the block runs, the first signal asks for a checkpoint and the end, and the second ends at once.
 

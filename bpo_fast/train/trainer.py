@@ -151,7 +151,7 @@ class BPOTrainer(Trainer):
         elif resume_from_checkpoint:
             check_checkpoint(resume_from_checkpoint)
         self._use_checked_examples()
-        _check_num_steps(self.args, len(self.train_dataset))
+        _check_batch(self.args, len(self.train_dataset))
         if resume_from_checkpoint:
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint, TRAINER_STATE_NAME)))
             if state.global_step >= state.max_steps:
@@ -327,9 +327,7 @@ def _check_devices(args: BPOConfig) -> None:
         )
 
 
-def _check_num_steps(args: BPOConfig, num_examples: int) -> None:
-    if args.max_steps <= 0 and args.num_train_epochs <= 0:
-        raise ValueError(f"num_train_epochs: found {args.num_train_epochs}, expected above 0, or max_steps above 0.")
+def _check_batch(args: BPOConfig, num_examples: int) -> None:
     batch = args.per_device_train_batch_size * args.world_size
     if args.dataloader_drop_last and num_examples < batch:
         raise ValueError(

@@ -322,7 +322,7 @@ def test_pairs(bad, world, capsys):
         lambda world: edit(world / "questions.json", lambda records: records[0].update(label="Yes")),
         "evaluate",
         '"num_questions": 4',
-        left=("answers.jsonl", "metadata.json", "scores.json"),
+        left=None,
         status=0,
     ),
 )

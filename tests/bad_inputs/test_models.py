@@ -201,9 +201,9 @@ def option(name, options, sentence):
         "a target in the projector", "--lora_target_modules q_proj linear_1", "found 'linear_1', expected names of"
     ),
     option("a target that is the head", "--lora_target_modules q_proj lm_head", "found 'lm_head', expected names of"),
-    option("no scale", "--lora_alpha 0", "lora_alpha: found 0, expected a finite number above 0"),
-    option("no rank", "--lora_r 0", "r: found 0, expected an integer of at least 1"),
-    option("a dropout of everything", "--lora_dropout 1", "lora_dropout: found 1.0, expected a number of at least 0"),
+    option("no scale", "--lora_alpha 0", "lora_alpha: found 0, expected a whole number of at least 1"),
+    option("no rank", "--lora_r 0", "lora_r: found 0, expected a whole number of at least 1"),
+    option("a dropout of everything", "--lora_dropout 1", "lora_dropout: found 1.0, expected a number in [0, 1)"),
     option("a mistyped model", "--model_name_or_path modle", "found no folder 'modle', expected one, or a model id"),
 )
 def test_bad_adapter_options(bad, world, capsys):

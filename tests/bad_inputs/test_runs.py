@@ -145,7 +145,10 @@ def question(number, **fields):
         "x: found that it cannot be written (File name too long), expected room and permission for it;",
     ),
     Bad(
-        "options set to null", lambda world: None, "bootstrap --seed null", "seed: found None, expected a whole number"
+        "options set to null",
+        lambda world: None,
+        "bootstrap --seed null",
+        "--seed: found null, expected a whole number",
     ),
     Bad(
         "a bad label",
@@ -223,7 +226,7 @@ def test_bad_runs(bad, world, capsys):
     [
         (["--model_name_or_path", "modle"], "model: found no folder 'modle'"),
         (["--adapter", "adaptor"], "adapter: found no folder 'adaptor'"),
-        (["--batch_size", "0"], "batch_size: found 0, expected at least 1"),
+        (["--batch_size", "0"], "batch_size: found 0, expected a whole number of at least 1"),
     ],
 )
 def test_the_corrected_command_runs_after_a_mistake(command, options, sentence, world, capsys):

@@ -311,7 +311,7 @@ def test_evaluation_during_training_has_its_pairs():
     assert (arguments.eval_fraction, arguments.eval_dataset, config.eval_strategy) == (0.1, None, "steps")
     assert train(*MODEL, *PAIRS, "--eval_on_start")[0].eval_dataset == "other"
     assert train(*MODEL, "--lora_dropout", "0.1", "--disable_dropout", "false")[0].lora_dropout == 0.1
-    assert train(*MODEL, "--strict")[0].strict
+    assert train(*MODEL, "--strict")[1].strict
 
 
 def test_a_path_in_the_package_is_found_from_anywhere(tmp_path, monkeypatch):

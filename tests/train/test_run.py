@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tiny_world import edit, make_world
 
 from bpo_fast.cli import main as cli
-from bpo_fast.runs.lock import locked
+from bpo_fast.runs.folder import locked_folder
 from bpo_fast.train.checkpoints import last_complete_checkpoint
 from bpo_fast.train.run import RECORD_FILE
 from bpo_fast.train.stopping import StopOnSignal
@@ -152,7 +152,7 @@ def stopped(stopped_world, tmp_path, monkeypatch):
         (["--seed", "7"], "seed is 42 there and 7 here"),
         (["--dtype", "bfloat16"], "dtype is 'auto' there and 'bfloat16' here"),
         (
-            ["--lr_scheduler_kwargs", '{"num_cycles": 2}'],
+            ["--lr_scheduler_type", "cosine", "--lr_scheduler_kwargs", '{"num_cycles": 2}'],
             "lr_scheduler_kwargs is None there and {'num_cycles': 2} here",
         ),
     ],
@@ -202,7 +202,7 @@ def test_retrained_weights_of_the_model_are_another_run(stopped, capsys):
 
 
 def test_two_trainings_in_one_folder(world, capsys):
-    with locked("out"):
+    with locked_folder("out"):
         assert train() == 2
     assert "output_dir: found another process at work in 'out', expected none" in capsys.readouterr().err
     assert train() == 0
@@ -252,7 +252,7 @@ def test_pairs_held_out_are_evaluated_and_not_trained_on(world, capsys):
     ("options", "said"),
     [
         (["--dataloader_drop_last", "true", "--per_device_train_batch_size", "5"], "found batches of 5 for 4 pairs"),
-        (["--max_steps", "-1", "--num_train_epochs", "0"], "num_train_epochs: found 0.0, expected above 0"),
+        (["--max_steps", "-1", "--num_train_epochs", "0"], "num_train_epochs: found 0.0, expected a positive number"),
     ],
 )
 def test_nothing_to_train_is_said(world, capsys, options, said):
