@@ -167,7 +167,7 @@ MUTATIONS = [
     Mutation(
         "an image's placeholder typed in an answer",
         "bpo_fast/models/prompt.py",
-        '        check_content(answer, "answer", image_token)\n',
+        '        check_content(answer, "answer", tags)\n',
         "",
         "tests/train/test_check_pairs.py::test_each_bad_row_is_listed_with_its_reason",
     ),

@@ -1,6 +1,6 @@
 """Messages of a conversation in the one form that chat templates are given, and what is wrong with any other."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 Messages = list[dict[str, Any]]
@@ -50,20 +50,20 @@ def structured(messages: str | Sequence[Mapping], name: str, *, num_images: int 
     return result
 
 
-def check_content(messages: Messages, name: str, image_token: str | None) -> None:
+def check_content(messages: Messages, name: str, image_tags: Collection[str] = (IMAGE_TAG,)) -> None:
     """Refuse messages of `structured` that say nothing, or whose text holds an image's placeholder.
 
     A placeholder in a text has a model look for one image more than there is.
 
     Raises:
-        ValueError: an empty message of a user or assistant, "<image>" or `image_token` in a text.
+        ValueError: an empty message of a user or assistant, one of `image_tags` in a text.
     """
     for message in messages:
         texts = [part["text"] for part in message["content"] if part["type"] == "text"]
         has_image = len(texts) < len(message["content"])
         if not (has_image or any(map(str.strip, texts)) or message["role"] == "system" or message.get("tool_calls")):
             raise ValueError(f"{name}: found an empty message of role {message['role']!r}, expected a text.")
-        for tag in filter(None, (IMAGE_TAG, image_token)):
+        for tag in image_tags:
             if any(tag in text for text in texts):
                 raise ValueError(
                     f"{name}: found {tag} in the text {shorten(' '.join(texts))}, expected none; an image is a part "

@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 
-from bpo_fast.models.conversation import Messages, check_content, shorten, structured
+from bpo_fast.models.conversation import IMAGE_TAG, Messages, check_content, shorten, structured
 
 # What a processor returns beside the model's image inputs.
 _TEXT_KEYS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"}
@@ -49,12 +48,11 @@ def render(
     """
     messages = structured(prompt, "prompt", num_images=num_images)
     whole = [messages + structured(answer, "answer") for answer in answers]
-    image_token = getattr(processor, "image_token", None)
-    image_token = None if image_token is None else str(image_token)
-    check_content(messages, "prompt", image_token)
+    tags = _image_tags(processor)
+    check_content(messages, "prompt", tags)
     for conversation in whole:
         answer = conversation[len(messages) :]
-        check_content(answer, "answer", image_token)
+        check_content(answer, "answer", tags)
         if answer[0]["role"] != "assistant" or _slots(answer):
             raise ValueError(f"answer: found {shorten(answer)}, expected the assistant's, in text alone.")
     if _slots(messages) != num_images:
@@ -111,12 +109,21 @@ def answer_ids(processor: ProcessorMixin, answer: str) -> list[int]:
 def _templated(processor, messages, **options):
     try:
         return processor.apply_chat_template(messages, tokenize=False, **options)
-    # A template's own refusal, or an operation in it that a value does not fit.
-    except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
+    # A template's own refusal, or whatever an operation in it raises for a value that it does not fit.
+    except Exception as error:
+        reason = " ".join(str(error).split())
         raise ValueError(
-            f"chat template: found a conversation that it cannot render ({error}), {shorten(messages)}, expected one "
+            f"chat template: found a conversation that it cannot render ({reason}), {shorten(messages)}, expected one "
             "of the model's form."
         ) from None
+
+
+def _image_tags(processor):
+    """What stands for an image in text: the tag of published data, the processor's token, and the model's if another."""
+    tags = {IMAGE_TAG, str(getattr(processor, "image_token", None) or IMAGE_TAG)}
+    if isinstance(number := getattr(processor, "image_token_id", None), int):
+        tags.add(processor.tokenizer.convert_ids_to_tokens(number))
+    return sorted(tags)
 
 
 def _slots(messages):
