@@ -119,7 +119,7 @@ def _templated(processor, messages, **options):
 
 
 def _image_tags(processor):
-    """What stands for an image in text: the tag of published data, the processor's token, and the model's if another."""
+    """What stands for an image in text: the tag of published data, the processor's token and the model's."""
     tags = {IMAGE_TAG, str(getattr(processor, "image_token", None) or IMAGE_TAG)}
     if isinstance(number := getattr(processor, "image_token_id", None), int):
         tags.add(processor.tokenizer.convert_ids_to_tokens(number))

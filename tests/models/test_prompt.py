@@ -144,7 +144,7 @@ def test_what_is_no_conversation_is_one_sentence(processor, prompt, answer, sent
 
 def test_the_processors_own_image_token_is_no_text(processor, monkeypatch):
     monkeypatch.setattr(processor, "image_token", "w9")
-    with pytest.raises(ValueError, match="^answer: found <image> in the text"):
+    with pytest.raises(ValueError, match=r"^answer: found <image> in the text"):
         render(processor, "w1", ["<image>"])
     for prompt, answer, name in (("w9", "w2", "prompt"), ("w1", "w9", "answer")):
         with pytest.raises(ValueError, match=f"^{name}: found w9 in the text 'w9', expected none"):
