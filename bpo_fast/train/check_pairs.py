@@ -116,6 +116,8 @@ def check_pairs(
     known = None if cache_file is None else _fingerprint(dataset, collator)
     checked, bad = _cached(cache_file, known)
     if checked < total:
+        if cache_file is not None:
+            Path(cache_file).parent.mkdir(parents=True, exist_ok=True)
         if num_workers is None:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             num_workers = min(cores, 16) if total - checked >= _FEW else 0

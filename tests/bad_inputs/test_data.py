@@ -1,4 +1,4 @@
-"""Bad annotations, pairs, questions and images: a sentence or a counted skip, and nothing lost."""
+"""Bad annotations, questions and images: a sentence or a counted skip, and nothing lost."""
 
 import json
 from pathlib import Path
@@ -27,11 +27,6 @@ def answer(words: str):
     return record(conversations=[{"from": "human", "value": "<image>\nw0"}, {"from": "gpt", "value": words}])
 
 
-def pair(**changes):
-    """Changes the second pair."""
-    return lambda world: edit(world / "pairs.json", lambda pairs: pairs[1].update(changes))
-
-
 def lines(content: str) -> bytes:
     return "\n".join(map(json.dumps, json.loads(content))).encode()
 
@@ -57,18 +52,6 @@ def synonyms(value, objects=("w3",)):
     def prepare(world):
         write(world / "table.json", value)
         edit(world / "questions.json", lambda records: [each | {"objects": objects} for each in records])
-
-    return prepare
-
-
-def made(metadata: str):
-    """A folder of pairs as bootstrapping leaves it, which alone knows where its images are."""
-
-    def prepare(world):
-        (world / "made").mkdir()
-        (world / "made/metadata.json").write_text(metadata)
-        (world / "made/pairs.jsonl").write_bytes(lines((world / "pairs.json").read_text()))
-        text("run.yaml", lambda content: content.replace("image_folder: images", "").encode())(world)
 
     return prepare
 
@@ -181,85 +164,6 @@ def test_annotations(bad, world, capsys):
     if bad.sentence == SKIPPED:
         (line,) = (world / "out/skipped.jsonl").read_text().splitlines()
         assert json.loads(line)["record"] == 0
-
-
-@table(
-    Bad(
-        "an image path that leaves the folder",
-        pair(images=["../images/../outside.png"]),
-        "train",
-        "pairs.json, pair 1: image '../images/../outside.png': found a path that leaves the image folder",
-    ),
-    Bad(
-        "an absolute image path",
-        pair(images=["/etc/hostname"]),
-        "train",
-        "pair 1: image '/etc/hostname': found a path th",
-    ),
-    Bad(
-        "an image path that is none",
-        pair(images=[None]),
-        "train",
-        "pairs.json, record 1: found images [None], expected a",
-    ),
-    Bad(
-        "no image where the paths lead",
-        lambda world: [path.unlink() for path in (world / "images").iterdir()],
-        "train",
-        "pairs.json: found none of its 4 images, the first is images/0.png, expected them; give the image_folder.",
-    ),
-    Bad(
-        "an unknown role",
-        pair(prompt=[{"role": "human", "content": "w1"}]),
-        "train",
-        "pairs.json, record 1: prompt: found a message of role 'human', expected one of system, user, assistant",
-    ),
-    Bad(
-        "a part of an unknown type",
-        pair(prompt=[{"role": "user", "content": [{"type": "video"}]}]),
-        "train",
-        "pairs.json, record 1: prompt: found the part {'type': 'video'}, expected {'type': 'text', 'text': ...} or",
-    ),
-    Bad(
-        "no messages",
-        pair(chosen=[]),
-        "train",
-        "pairs.json, record 1: chosen: found [], expected a text or a list of mess",
-    ),
-    Bad(
-        "an answer of null",
-        pair(rejected=None),
-        "train",
-        "record 1: rejected: found None, expected a text or a list of",
-    ),
-    Bad(
-        "half a surrogate pair in an answer",
-        pair(rejected="half \ud83d"),
-        "train",
-        "pairs.json, record 1: found the text 'half \\ud83d', expected one that a file takes.",
-    ),
-    Bad("an id of 70 bits", pair(id=2**70), "train", "pairs.json: found a value that is not of its column's type ("),
-    Bad(
-        "a damaged line",
-        lambda world: (world / "pairs.jsonl").write_bytes(lines((world / "pairs.json").read_text())[:-20]),
-        "train --dataset pairs.jsonl",
-        "pairs.jsonl: found an error at line 4, column ",
-    ),
-    Bad(
-        "damaged metadata",
-        made("{"),
-        "train --dataset made",
-        "made/metadata.json: found an error at line 1, column 2 (Expecting property name",
-    ),
-    Bad(
-        "metadata that is a list",
-        made("[]"),
-        "train --dataset made",
-        "made/metadata.json: found no image_folder, expected that of the pairs; give one yourself.",
-    ),
-)
-def test_pairs(bad, world, capsys):
-    check(bad, world, capsys)
 
 
 @table(
