@@ -56,6 +56,15 @@ def synonyms(value, objects=("w3",)):
     return prepare
 
 
+def pope(world: Path) -> None:
+    """The questions as POPE publishes them: JSON lines called .json, other names, ids that are numbers."""
+    records = json.loads((world / "questions.json").read_text())
+    for number, record in enumerate(records):
+        record |= {"question_id": number, "text": record.pop("question")}
+        del record["id"]
+    (world / "questions.json").write_bytes(lines(json.dumps(records)))
+
+
 def skipped(name: str, prepare) -> Bad:
     """A record of four that bootstrapping leaves out."""
     return Bad(name, prepare, "bootstrap", SKIPPED, left=PAIRS, status=0)
@@ -220,6 +229,19 @@ def test_annotations(bad, world, capsys):
         synonyms({"w3": ["w3"]}, ["w5"]),
         CHAIR,
         "objects, record 0: found 'w5', expected objects of",
+    ),
+    Bad("POPE's own file", pope, "evaluate", '"num_questions": 4', left=None, status=0),
+    Bad(
+        "an id of null",
+        lambda world: edit(world / "questions.json", lambda records: records[1].update(id=None)),
+        "evaluate",
+        "questions, record 1: found id None, expected a text or a whole number.",
+    ),
+    Bad(
+        "half a surrogate pair in an id",
+        lambda world: edit(world / "questions.json", lambda records: records[1].update(id="half \ud83d")),
+        "evaluate",
+        "questions, record 1: found id 'half \\ud83d', expected a text or a whole number.",
     ),
     Bad(
         "a label in capitals",
