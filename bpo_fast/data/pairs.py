@@ -119,8 +119,10 @@ def load_preference_dataset(path: str | os.PathLike, *, image_folder: str | os.P
 
 
 def dataset_fingerprint(dataset: Dataset) -> str:
-    """Fingerprint of the questions and responses of a data set, which tells one set of pairs from another."""
-    return fingerprint(dataset.select_columns(["prompt", "chosen", "rejected"]).iter(batch_size=1000))
+    """Fingerprint of what a data set's conversations are rendered from, which tells one set of pairs from another."""
+    rendered = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
+    names = [name for name in rendered if name in dataset.column_names]
+    return fingerprint(dataset.select_columns(names).iter(batch_size=1000))
 
 
 def _to_dataset(pairs, image_folder, file):

@@ -138,6 +138,8 @@ def test_fingerprint_tells_pairs_apart(pairs):
     dataset = load_preference_dataset(pairs)
     assert dataset_fingerprint(dataset) != dataset_fingerprint(dataset.select([1, 0]))
     assert dataset_fingerprint(dataset) == dataset_fingerprint(dataset.remove_columns("score"))
+    moods = [dataset.add_column("chat_template_kwargs", [{"mood": mood}] * 2) for mood in ("kind", "curt")]
+    assert len({dataset_fingerprint(each) for each in (dataset, *moods)}) == 3
 
 
 def test_what_is_not_a_set_of_pairs(pairs, tmp_path):
