@@ -1,6 +1,7 @@
 """The command `bpo-fast`: parse, call, print. Each command imports what it needs when it runs."""
 
 import argparse
+import errno
 import json
 import shlex
 import sys
@@ -13,6 +14,14 @@ from bpo_fast.cli.parser import Parser
 from bpo_fast.cli.quiet import end_bars, quiet
 from bpo_fast.runs.interrupts import interruptible
 from bpo_fast.runs.numbers import SEED, check_numbers
+
+
+_REMEDIES = {
+    errno.ENOSPC: "make room on the disk, and the same command goes on",
+    errno.EDQUOT: "make room on the disk, and the same command goes on",
+    errno.EACCES: "change its permissions or name another",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
 
 
 @interruptible()
@@ -194,7 +203,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     traceback = False
     try:
         arguments = parser.parse_args(argv)
-        traceback = arguments.traceback
+        traceback = arguments.traceback or "--traceback" in arguments.options
+        arguments.options = [option for option in arguments.options if option != "--traceback"]
         return COMMANDS[arguments.command](arguments.options) or 0
     except KeyboardInterrupt as stopped:
         end_bars()
@@ -206,8 +216,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         end_bars()
         if traceback:
             raise
-        print(f"bpo-fast: error: {error}", file=sys.stderr)
+        print(f"bpo-fast: error: {_sentence(error)}", file=sys.stderr)
         return 2
+
+
+def _sentence(error: Exception) -> str:
+    """What an error says; one of the operating system, which says little, in the form of ours."""
+    if not isinstance(error, OSError) or error.errno is None:
+        return str(error)
+    remedy = _REMEDIES.get(error.errno, "name another")
+    name = error.filename2 or error.filename or "disk"
+    return f"{name}: found that it cannot be used ({error.strerror}), expected a file or folder that can; {remedy}."
 
 
 if __name__ == "__main__":

@@ -100,6 +100,8 @@ class BPOConfig(LossOptions, TrainingArguments):
                 f"{' and '.join(map(repr, sorted(sorting)))} sort the pairs of a step, which must lie in one sequence."
             )
         super().__post_init__()
+        if self.fp16 and self.device.type == "cpu":
+            raise ValueError("fp16: found True on a CPU, expected False; set bf16 to true, or leave both out.")
         for name in ("split_batches", "dispatch_batches"):
             if getattr(self.accelerator_config, name):
                 raise ValueError(

@@ -143,6 +143,10 @@ def check_options(config: Any) -> None:
             raise ValueError(f"{name}: found {os.environ[name]!r}, expected it unset: {_SHARDED}.")
     check_numbers(config, {name: allowed for name, allowed in NUMBERS.items() if name in defaults})
     _check_scheduler(config)
+    for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+        _read_map(config, name)
+    _check_accelerator(config)
+    _check_reports(config)
     _check_together(config)
 
 
@@ -171,20 +175,11 @@ def _check_scheduler(config):
             f"warmup_steps: found {config.warmup_steps} with lr_scheduler_type '{scheduler.value}', expected 0, since "
             f"it has no warmup{instead}."
         )
-    kwargs = config.lr_scheduler_kwargs
-    if isinstance(kwargs, str):
-        try:
-            kwargs = json.loads(kwargs)
-        except ValueError as error:
-            raise ValueError(
-                f"lr_scheduler_kwargs: found {kwargs!r} ({error}), expected a JSON map from names to values."
-            ) from None
-    if not isinstance(kwargs, dict | None):
-        raise TypeError(f"lr_scheduler_kwargs: found {kwargs!r}, expected a map from names to values.")
+    kwargs = _read_map(config, "lr_scheduler_kwargs")
     parameters = signature(TYPE_TO_SCHEDULER_FUNCTION[scheduler]).parameters
     known = set(parameters) - {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
     any_name = any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters.values())
-    for name, value in (kwargs or {}).items():
+    for name, value in kwargs.items():
         if name not in known and not any_name:
             raise ValueError(
                 f"lr_scheduler_kwargs: found {name!r}, expected {' or '.join(map(repr, sorted(known))) or 'nothing'} "
@@ -196,6 +191,48 @@ def _check_scheduler(config):
             )
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"lr_scheduler_kwargs: found {value!r} for {name}, expected a finite number.")
+
+
+def _read_map(config, option):
+    """The map of an option that may be JSON on the command line; empty for None."""
+    value = getattr(config, option, None)
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise ValueError(
+                f'{option}: found {value!r}, expected a map from names to values, as JSON {{"name": value}}.'
+            ) from None
+    if not isinstance(value, dict | None):
+        raise TypeError(f"{option}: found {value!r}, expected a map from names to values.")
+    return value or {}
+
+
+def _check_accelerator(config):
+    from transformers.trainer_pt_utils import AcceleratorConfig
+
+    value = config.accelerator_config
+    if isinstance(value, str) and not value.startswith("{"):
+        if not os.path.isfile(value):
+            raise FileNotFoundError(f"accelerator_config: found no file '{value}', expected a JSON file or a map.")
+    elif isinstance(value, str | dict):
+        known = [item.name for item in fields(AcceleratorConfig)]
+        for name in _read_map(config, "accelerator_config"):
+            if name not in known:
+                raise ValueError(f"accelerator_config: found {name!r}, expected one of {', '.join(known)}.")
+
+
+def _check_reports(config):
+    """transformers looks at these after the model was loaded."""
+    from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    chosen = [config.report_to] if isinstance(config.report_to, str) else list(config.report_to)
+    here = [*get_available_reporting_integrations(), "flyte", "all", "none"]  # nothing tells whether there is flyte
+    for name in chosen:
+        if name not in here:
+            remedy = f"; pip install {name.replace('_', '-')}" if name in INTEGRATION_TO_CALLBACK else ""
+            raise ValueError(f"report_to: found {name!r}, expected one of {', '.join(here)}{remedy}.")
 
 
 def _is_number(text):
@@ -244,7 +281,8 @@ def _check_together(config):
     if config.optim_args and not re.fullmatch(r"[^=,]+=[^=,]+(,[^=,]+=[^=,]+)*", config.optim_args):
         raise ValueError(f"optim_args: found {config.optim_args!r}, expected name=value,name=value.")
     if not config.dataloader_num_workers:
-        for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
+        for name in ("persistent_workers", "multiprocessing_context", "prefetch_factor"):
+            name = f"dataloader_{name}"
             if getattr(config, name, None):
                 raise ValueError(
                     f"{name}: found {getattr(config, name)!r} without workers, expected None; set "

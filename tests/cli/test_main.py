@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import random
 import shlex
 import subprocess
@@ -186,9 +188,32 @@ def test_a_mistake_is_one_sentence_and_status_2(world, capsys, argv, message):
     assert "Traceback" not in error
 
 
-def test_traceback_is_there_for_who_asks(world):
+@pytest.mark.parametrize("place", [0, 1, 5])
+def test_traceback_is_there_for_who_asks(world, place):
+    argv = ["train", *RUN, "--dataset", "none"]
     with pytest.raises(FileNotFoundError, match="dataset: found nothing at 'none'"):
-        cli.main(["--traceback", "train", *RUN, "--dataset", "none"])
+        cli.main([*argv[:place], "--traceback", *argv[place:]])
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.ENOSPC, "make room on the disk, and the same command goes on."),
+        (errno.EACCES, "change its permissions or name another."),
+        (errno.ENAMETOOLONG, "choose a shorter name."),
+        (errno.EISDIR, "name another."),
+    ],
+)
+def test_an_error_of_the_system_is_a_sentence(monkeypatch, capsys, number, remedy):
+    def fail(argv):
+        raise OSError(number, os.strerror(number), "pairs.jsonl")
+
+    monkeypatch.setitem(cli.COMMANDS, "demo", fail)
+    assert cli.main(["demo"]) == 2
+    assert capsys.readouterr().err == (
+        f"bpo-fast: error: pairs.jsonl: found that it cannot be used ({os.strerror(number)}), expected a file or "
+        f"folder that can; {remedy}\n"
+    )
 
 
 def test_demo_and_doctor_are_called(monkeypatch, capsys):

@@ -249,11 +249,11 @@ def test_values_of_a_recipe_get_the_types_of_their_options(recipe):
     arguments, config = train(
         *recipe(
             "model_name_or_path: llava\ntrain: {lora_target_modules: all-linear, learning_rate: 2e-6,\n"
-            "  loss_weights: 2, num_train_epochs: 1, save_strategy: no, report_to: [tensorboard], optim_args: null}"
+            "  loss_weights: 2, num_train_epochs: 1, save_strategy: no, report_to: [none], optim_args: null}"
         )
     )
     assert arguments.lora_target_modules == ["all-linear"]
-    assert (config.learning_rate, config.loss_weights, config.report_to) == (2e-6, [2], ["tensorboard"])
+    assert (config.learning_rate, config.loss_weights, config.report_to) == (2e-6, [2], [])
     assert config.save_strategy == "no"
     assert type(config.num_train_epochs) is float
 

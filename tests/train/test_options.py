@@ -151,7 +151,19 @@ def test_no_number_is_infinite_negative_or_text(name, value):
         ({"disable_dropout": "false"}, "disable_dropout: found 'false', expected True or False."),
         ({"bf16": 1}, "bf16: found 1, expected True or False."),
         ({"lr_scheduler_kwargs": {"min_lr": 1}}, "lr_scheduler_kwargs: found 'min_lr', expected nothing for lr_sched"),
-        ({"lr_scheduler_kwargs": "{min_lr"}, "lr_scheduler_kwargs: found '{min_lr' (Expecting"),
+        ({"lr_scheduler_kwargs": "{min_lr"}, "lr_scheduler_kwargs: found '{min_lr', expected a map from names to"),
+        ({"gradient_checkpointing_kwargs": "{a"}, "gradient_checkpointing_kwargs: found '{a', expected a map from na"),
+        ({"activation_checkpointing_kwargs": "3"}, "activation_checkpointing_kwargs: found 3, expected a map from"),
+        ({"accelerator_config": {"a": 1}}, "accelerator_config: found 'a', expected one of split_batches, "),
+        ({"accelerator_config": '{"a": 1}'}, "accelerator_config: found 'a', expected one of split_batches, "),
+        (
+            {"accelerator_config": "none.json"},
+            "accelerator_config: found no file 'none.json', expected a JSON file or",
+        ),
+        ({"report_to": "nothing"}, "report_to: found 'nothing', expected one of "),
+        ({"report_to": ["none", "wandb"]}, "report_to: found 'wandb', expected one of "),
+        ({"fp16": True}, "fp16: found True on a CPU, expected False; set bf16 to true, or leave both out."),
+        ({"dataloader_prefetch_factor": 2}, "dataloader_prefetch_factor: found 2 without workers, expected None;"),
         ({"lr_scheduler_kwargs": "[1]"}, "lr_scheduler_kwargs: found [1], expected a map from names to values."),
         (
             {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": '{"min_lr": "1e-7"}'},
@@ -205,8 +217,9 @@ def test_no_number_is_infinite_negative_or_text(name, value):
     ids=str,
 )
 def test_a_mistake_is_named(options, message, monkeypatch):
+    monkeypatch.setattr("transformers.integrations.get_available_reporting_integrations", lambda: ["trackio"])
     monkeypatch.setattr("transformers.utils.is_torch_bf16_gpu_available", lambda: False)
-    with pytest.raises((ValueError, TypeError)) as caught:
+    with pytest.raises((ValueError, TypeError, FileNotFoundError)) as caught:
         config(**options)
     assert str(caught.value).startswith(message)
     assert str(caught.value).endswith(".")
