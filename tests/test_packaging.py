@@ -152,6 +152,29 @@ def test_a_wheel_from_the_sdist_is_complete(wheel):
     assert not [name for name in names if not name.startswith(("bpo_fast/", f"bpo_fast-{version('bpo-fast')}"))]
 
 
+WITHOUT_MATPLOTLIB = """
+import sys
+sys.modules["matplotlib"] = None
+from bpo_fast.cli.main import main
+from bpo_fast.demo import pipeline
+
+small = {"num_annotations": 24, "num_heldout": 6, "num_probe_pairs": 4, "train_steps": 2, "num_likelihood_scenes": 2}
+pipeline.run("bpo_output/demo", settings=pipeline.DemoSettings(**small, batch_size=2))
+sys.exit(main(["bootstrap", "--config", "tiny", "--max_samples", "4", "--max_new_tokens", "3",
+    "--annotations", "bpo_output/demo/seed-0/annotated/instruct.json",
+    "--image_folder", "bpo_output/demo/seed-0/annotated/images"]))
+"""
+
+
+def test_the_demo_and_its_recipe_run_from_a_wheel_in_any_folder_without_matplotlib(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    (tmp_path / "empty").mkdir()
+    said = python(WITHOUT_MATPLOTLIB, cwd=tmp_path / "empty", path=[tmp_path / "site"])
+    assert re.search(r"^\d pairs in bpo_output/bootstrap ", said.splitlines()[-1])
+    assert (tmp_path / "empty/bpo_output/demo/report.html").is_file()
+
+
 def test_a_wheel_without_cuda_works_and_says_what_is_missing(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")

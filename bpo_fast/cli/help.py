@@ -19,6 +19,7 @@ def train_groups(loss_options: list[str]) -> dict[str, dict[str, str | None]]:
         "model, data, output": {
             **dict.fromkeys(["help", "help_all", "config"]),
             **dict.fromkeys(name for name in _OWN if name not in (*_ADAPTER, *_EVALUATION)),
+            "strict": None,
             "output_dir": "Output folder for checkpoints and adapter; an interrupted run resumes in it.",
         },
         "adapter": dict.fromkeys(_ADAPTER),

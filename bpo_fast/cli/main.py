@@ -15,7 +15,6 @@ from bpo_fast.cli.quiet import end_bars, quiet
 from bpo_fast.runs.interrupts import interruptible
 from bpo_fast.runs.numbers import SEED, check_numbers
 
-
 _REMEDIES = {
     errno.ENOSPC: "make room on the disk, and the same command goes on",
     errno.EDQUOT: "make room on the disk, and the same command goes on",
@@ -81,7 +80,7 @@ def train(argv: Sequence[str]) -> None:
             r=arguments.lora_r,
             lora_alpha=arguments.lora_alpha,
             lora_dropout=arguments.lora_dropout,
-            target_modules=arguments.lora_target_modules,
+            target_modules=arguments.target_modules,
             task_type="CAUSAL_LM",
         ),
         image_folder=arguments.image_folder,

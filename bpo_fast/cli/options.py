@@ -14,6 +14,7 @@ from bpo_fast.runs.numbers import COUNT, POSITIVE, SEED, SHARE, Range, check_num
 
 # Where a command writes when it is told nowhere: the commands' folders lie beside each other.
 OUTPUT_ROOT = "bpo_output"
+_EVERY_LINEAR = "all-linear"
 # A path below the installed package, as recipes that come with it need it: "package:demo/checkpoint".
 PACKAGE_PREFIX = "package:"
 
@@ -128,6 +129,19 @@ class TrainArguments(SharedArguments):
         f"{', '.join(LORA_TARGET_MODULES)}.",
         default=None,
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if _EVERY_LINEAR in (names := self.lora_target_modules or ()) and len(names) > 1:
+            raise ValueError(
+                f"lora_target_modules: found {names}, expected {_EVERY_LINEAR} by itself or names of linears; leave "
+                "one out."
+            )
+
+    @property
+    def target_modules(self) -> str | list[str] | None:
+        """`lora_target_modules` as `peft.LoraConfig` takes it."""
+        return _EVERY_LINEAR if self.lora_target_modules == [_EVERY_LINEAR] else self.lora_target_modules
 
     def check_with(self, config: Any) -> None:
         """Refuse what has no effect together with the command's `BPOConfig`.

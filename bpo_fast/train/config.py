@@ -74,8 +74,10 @@ class BPOConfig(LossOptions, TrainingArguments):
     strict: bool = field(
         default=False, metadata={"help": "Stop for a pair that cannot be used instead of leaving it out."}
     )
-    # On by default in transformers, where it reads the loss back after every batch.
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Has to be false."})
+    # transformers' filter reads the loss back after every batch and logs one that is not finite as 0.
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Refused: a loss that is not finite stops the run."}
+    )
 
     def __post_init__(self):
         if self.bf16 is None:

@@ -79,6 +79,7 @@ REFUSED = {
     "include_for_metrics": _METRICS,
     "batch_eval_metrics": _METRICS,
     "label_names": _METRICS,
+    "logging_nan_inf_filter": "a loss that is not finite stops the run; leave it out",
     "save_only_model": "a checkpoint without its optimizer could not be resumed to the same result; leave it out",
     "enable_jit_checkpoint": "a stopped training would end as if it were complete; bpo-fast train saves a checkpoint "
     "when it is stopped",

@@ -297,6 +297,10 @@ PAIRS = ["--eval_dataset", "other"]
             ["--eval_strategy", "epoch"],
             "^eval_strategy: found 'epoch' without pairs to evaluate on, expected some; give",
         ),
+        (
+            ["--lora_target_modules", "all-linear", "q_proj"],
+            r"^lora_target_modules: found \['all-linear', 'q_proj'\], expected all-linear by itself or names",
+        ),
         (["--bf16_full_eval"], "^bf16_full_eval: found true, expected false, as it leaves evaluations during trai"),
         (["--eval_on_start"], "^eval_on_start: found True without pairs to evaluate on, expected some; give"),
     ],
@@ -312,6 +316,12 @@ def test_evaluation_during_training_has_its_pairs():
     assert train(*MODEL, *PAIRS, "--eval_on_start")[0].eval_dataset == "other"
     assert train(*MODEL, "--lora_dropout", "0.1", "--disable_dropout", "false")[0].lora_dropout == 0.1
     assert train(*MODEL, "--strict")[1].strict
+
+
+def test_every_linear_is_a_word_of_its_own():
+    assert train(*MODEL)[0].target_modules is None
+    assert train(*MODEL, "--lora_target_modules", "q_proj")[0].target_modules == ["q_proj"]
+    assert train(*MODEL, "--lora_target_modules", "all-linear")[0].target_modules == "all-linear"
 
 
 def test_a_path_in_the_package_is_found_from_anywhere(tmp_path, monkeypatch):
