@@ -108,9 +108,15 @@ def _packed_logps(base, collator, examples) -> tuple[torch.Tensor, str | None]:
         try:
             features = image_features(base, sequence.image_inputs) if sequence.image_inputs else None
             output = base(packing=sequence.packing, image_features=features, image_rows=sequence.image_rows)
-            return output.token_logps, None
+            return output.token_logps, _convolutions(base.get_decoder())
         except PackingNotSeenError as error:
             return error.token_logps, error.reason
+
+
+def _convolutions(decoder: nn.Module) -> str | None:
+    """Convolutions over tokens run from one response into the next, as the states do that mostly stand behind them."""
+    found = any(isinstance(part, nn.Conv1d) and part.kernel_size != (1,) for part in decoder.modules())
+    return "whose layers have convolutions over tokens" if found else None
 
 
 def _plain_logps(base, collator, examples) -> tuple[torch.Tensor, float, torch.dtype]:

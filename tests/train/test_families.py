@@ -83,6 +83,14 @@ def test_other_families_are_refused_in_half_precision_with_small_weights(family)
     assert refusal(model.to(torch.bfloat16), processor, make_examples())[1] > 0
 
 
+def test_convolutions_are_refused_however_small_their_weights():
+    make, *_ = REFUSED["LLaVA over FalconH1"]
+    model, processor = make(initializer_range=1e-3)
+    sentence, nats = refusal(model, processor, make_examples())
+    assert "over FalconH1Model, whose layers have convolutions over tokens, and whose log-probs" in sentence
+    assert nats < 1e-5
+
+
 @pytest.mark.parametrize("family", ["Qwen2-VL", "Gemma 3", "GLM-4V"])
 def test_a_first_batch_without_images_hides_nothing(family):
     make, *_ = REFUSED[family]
