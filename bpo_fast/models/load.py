@@ -53,7 +53,7 @@ def load_processor(path: str | Path, *, trust_remote_code: bool = False) -> Proc
         _check_processor_files(folder, trust_remote_code)
     with _loading("processor", path):
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
-    if not isinstance(processor, ProcessorMixin):
+    if not (hasattr(processor, "tokenizer") and hasattr(processor, "image_processor")):
         raise ValueError(
             f"processor: found a {type(processor).__name__} in '{path}', expected one of images and text; name a "
             "vision-language model."

@@ -99,7 +99,8 @@ def restrict_to_decoder(peft_config: LoraConfig, model: PreTrainedModel) -> Lora
     check_config(peft_config)
     decoder = model.get_decoder()
     inside = _trainable_paths(model)
-    linears = [name for name in inside if isinstance(model.get_submodule(name), nn.Linear)]
+    # Quantised linears are no nn.Linear, and have the two sizes of one.
+    linears = [name for name, part in inside.items() if hasattr(part, "in_features") and hasattr(part, "out_features")]
     everywhere = [name for name, _ in model.named_modules() if name]
     where = f"the layers of the language model ({type(decoder).__name__})"
     targets, saved = peft_config.target_modules, peft_config.modules_to_save or ()

@@ -13,6 +13,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -157,7 +158,13 @@ def check_adapter_files(folder: Path) -> None:
     if not weights.is_file():
         raise _no_weights("adapter", folder, ADAPTER_WEIGHTS)
     _read_header(weights)
-    for name, tensor in load_file(weights).items():
+    try:
+        tensors = load_file(weights)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{weights}: found damage ({error}), expected a whole safetensors file; copy it again."
+        ) from None
+    for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(
                 f"{weights}: found NaN or infinity in '{name}', expected finite numbers; take an earlier checkpoint."
@@ -174,7 +181,7 @@ def _no_weights(what, folder, expected):
     return ValueError(f"{what}: found no weights in '{folder}', expected {expected}; copy or download it again.")
 
 
-def weights_fingerprint(path: str | os.PathLike) -> str:
+def weights_fingerprint(path: str | os.PathLike, *, what: str = "model") -> str:
     """What the weights of a model or an adapter hold, without loading them.
 
     An adapter's configuration and weights are read whole. Of a model, the small files (configurations, tokenizer,
@@ -188,11 +195,12 @@ def weights_fingerprint(path: str | os.PathLike) -> str:
 
     Args:
         path: a folder, or a model id of the Hugging Face Hub.
+        what: begins the sentence of an error: "model" or "adapter".
 
     Raises:
         ValueError: there is no such folder, or a weight file is cut off or garbage.
     """
-    folder = local_folder("model", path)
+    folder = local_folder(what, path)
     if folder is None:
         commit = _cached_commit(os.fspath(path))
         return f"hub:{os.fspath(path)}" + (f"@{commit}" if commit else "")

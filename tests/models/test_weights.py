@@ -185,6 +185,16 @@ def test_a_weight_file_that_is_not_whole_is_named(folder, damage, found):
             check(file.parent)
 
 
+def test_a_header_that_contradicts_itself_is_named(folder):
+    file = folder / "adapter/adapter_model.safetensors"
+    header = json.dumps({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 4]}}).encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(
+        ValueError, match=r"adapter_model.safetensors: found damage \(.*\), expected a whole safetensors"
+    ):
+        check_adapter_files(folder / "adapter")
+
+
 def test_a_shard_that_is_missing_is_named(folder):
     (folder / "model/model.safetensors").rename(folder / "model/model-00001-of-00002.safetensors")
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
