@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bpo_fast.models.load import load_model, load_processor
-from bpo_fast.models.weights import local_folder, model_fingerprint, weights_fingerprint
+from bpo_fast.models.weights import model_fingerprint, weights_fingerprint
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,7 @@ class GivenModel:
         """
         adapter = None
         if self.adapter is not None:
-            local_folder("adapter", self.adapter)  # names the argument where there is none
-            adapter = {"path": str(self.adapter), "weights": weights_fingerprint(self.adapter)}
+            adapter = {"path": str(self.adapter), "weights": weights_fingerprint(self.adapter, what="adapter")}
         if self._is_path:
             path, weights = str(self.model), weights_fingerprint(self.model)
             dtype, quantization = self.init_kwargs.get("dtype", "auto"), self.init_kwargs.get("quantization")

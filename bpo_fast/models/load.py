@@ -208,6 +208,9 @@ def _with_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
 
 
 def _check_processor_files(folder: Path, trust_remote_code: bool) -> None:
+    # Training saves a processor beside its adapter; other adapters come without.
+    if (folder / ADAPTER_CONFIG).is_file() and not (folder / "tokenizer_config.json").is_file():
+        raise found_an_adapter(folder)
     configs = [folder / name for name in _PROCESSOR_CONFIGS]
     if (folder / ADAPTER_CONFIG).is_file() and not any(map(Path.is_file, configs)):
         raise found_an_adapter(folder)

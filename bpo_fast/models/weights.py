@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -190,8 +190,9 @@ def weights_fingerprint(path: str | os.PathLike, *, what: str = "model") -> str:
     seconds, and a change of any one tensor of it shows, unless it leaves those blocks as they are. Names of folders
     and times of files do not count.
 
-    A model id stands for its snapshot on this machine, by the commit's hash, and for its bare name as long as there is
-    none: ask again when the model has been loaded.
+    A model id stands for its snapshot on this machine, by the commit's hash. Where there is none yet, its
+    configuration is fetched, so that the answer is the same before and after the model is loaded; where that cannot be
+    had, the bare name is left.
 
     Args:
         path: a folder, or a model id of the Hugging Face Hub.
@@ -202,7 +203,7 @@ def weights_fingerprint(path: str | os.PathLike, *, what: str = "model") -> str:
     """
     folder = local_folder(what, path)
     if folder is None:
-        commit = _cached_commit(os.fspath(path))
+        commit = _cached_commit(os.fspath(path)) or _fetched_commit(os.fspath(path), what)
         return f"hub:{os.fspath(path)}" + (f"@{commit}" if commit else "")
     digest = hashlib.sha256()
     if (folder / ADAPTER_CONFIG).is_file():
@@ -284,6 +285,14 @@ def _cached_commit(name: str) -> str | None:
         if isinstance(found, str):
             return Path(found).parent.name
     return None
+
+
+def _fetched_commit(name: str, what: str) -> str | None:
+    try:
+        file = hf_hub_download(name, ADAPTER_CONFIG if what == "adapter" else MODEL_CONFIG)
+    except (OSError, HFValidationError):
+        return None  # loading says why
+    return Path(file).parent.name
 
 
 def _model_weights(folder: Path) -> list[Path]:

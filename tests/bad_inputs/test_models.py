@@ -138,7 +138,7 @@ def with_one_layer(world):
     Bad(
         "a cut tokenizer", cut("model/tokenizer.json", 99), "evaluate", "model/tokenizer.json: found what is not JSON"
     ),
-    Bad("a cut processor", cut("model/processor_config.json", 9), "bootstrap", "found what is not JSON", left=None),
+    Bad("a cut processor", cut("model/processor_config.json", 9), "bootstrap", "found what is not JSON"),
     Bad(
         "no processor",
         lambda world: [file.unlink() for file in (world / "model").glob("*token*")],
@@ -190,7 +190,7 @@ def test_bad_models(bad, world, capsys):
 
 
 def option(name, options, sentence):
-    return Bad(name, nothing, f"train {options}", sentence, left=None)
+    return Bad(name, nothing, f"train {options}", sentence)
 
 
 @table(

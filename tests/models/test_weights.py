@@ -135,6 +135,26 @@ def test_a_model_id_stands_for_its_snapshot(tmp_path, monkeypatch):
         assert weights_fingerprint("owner/model") == f"hub:owner/model@{commit}"
 
 
+def test_a_model_id_stands_for_the_same_before_and_after_it_is_loaded(tmp_path, monkeypatch):
+    """Or a run that downloaded its model could not go on."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    fetched = []
+
+    def fetch(name, file):
+        fetched.append((name, file))
+        folder = tmp_path / f"models--{name.replace('/', '--')}"
+        (folder / "refs").mkdir(parents=True)
+        (folder / "refs/main").write_text("c3")
+        (folder / "snapshots/c3").mkdir(parents=True)
+        (folder / "snapshots/c3" / file).write_text("{}")
+        return str(folder / "snapshots/c3" / file)
+
+    monkeypatch.setattr("bpo_fast.models.weights.hf_hub_download", fetch)
+    assert [weights_fingerprint("owner/model") for _ in range(2)] == ["hub:owner/model@c3"] * 2
+    assert weights_fingerprint("owner/adapter", what="adapter") == "hub:owner/adapter@c3"
+    assert fetched == [("owner/model", "config.json"), ("owner/adapter", "adapter_config.json")]
+
+
 def test_a_loaded_model_is_known_by_its_values(saved):
     plain = [load_model(saved / "model", device="cpu") for _ in range(2)]
     first = model_fingerprint(plain[0])
