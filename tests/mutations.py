@@ -521,6 +521,20 @@ MUTATIONS = [
         "    return fingerprint([question.id, question.image, question.question])\n",
         "tests/answers/test_batches.py::test_an_image_is_known_by_name_and_size",
     ),
+    Mutation(
+        "a demo of another model in the same folder is taken for this one's",
+        "bpo_fast/demo/pipeline.py",
+        '"model": weights_fingerprint(model_path)',
+        '"model": "tiny"',
+        "tests/demo/test_pipeline.py::test_a_run_is_known_by_what_its_model_holds_not_by_its_path",
+    ),
+    Mutation(
+        "a description with words after its end counts as whole",
+        "bpo_fast/demo/grade.py",
+        "_DESCRIPTION.fullmatch(answer)",
+        "_DESCRIPTION.match(answer)",
+        "tests/demo/test_grade.py::test_broken_answers_keep_the_grades_of_what_they_say",
+    ),
 ]
 
 

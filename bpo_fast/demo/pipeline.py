@@ -27,6 +27,7 @@ from bpo_fast.demo.tiny_llava import CHECKPOINT
 from bpo_fast.evaluate import evaluate
 from bpo_fast.models.load import load_model, load_processor
 from bpo_fast.models.packed_forward import enable_packed_forward
+from bpo_fast.models.weights import weights_fingerprint
 from bpo_fast.runs.files import read_json, write_json
 from bpo_fast.runs.folder import claim_folder
 from bpo_fast.train.config import BPOConfig
@@ -95,7 +96,7 @@ def run(
     results_file, report = output_dir / "results.json", output_dir / REPORT_FILE
     load_processor(model_path)  # what does not load claims no folder
     load_model(model_path, dtype=torch.float32, device="cpu")
-    claim_folder(output_dir, {"seeds": list(seeds), "model": str(model_path), **asdict(settings)})
+    claim_folder(output_dir, {"seeds": list(seeds), "model": weights_fingerprint(model_path), **asdict(settings)})
     if results_file.exists() and report.exists():
         print(f"{output_dir}: this run is finished; another output_dir starts another.")
         return read_json(results_file)

@@ -3,12 +3,14 @@
 import base64
 import json
 import re
+import shutil
 import sys
 
 import pytest
 from reading import read_page
+from safetensors.torch import load_file, save_file
 
-from bpo_fast.demo import grade, pipeline, report, world
+from bpo_fast.demo import grade, pipeline, report, tiny_llava, world
 from bpo_fast.evaluate.chair import score_chair
 from bpo_fast.report.page import marked
 
@@ -128,6 +130,17 @@ def test_a_finished_run_says_so_and_does_nothing(finished, capsys):
     assert pipeline.run(folder, seeds=(3,), settings=SETTINGS) == results
     assert "this run is finished" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_a_run_is_known_by_what_its_model_holds_not_by_its_path(finished, tmp_path):
+    folder, results = finished
+    copy = shutil.copytree(tiny_llava.CHECKPOINT, tmp_path / "copy")
+    assert pipeline.run(folder, seeds=(3,), settings=SETTINGS, model_path=copy) == results
+    weights = load_file(copy / "model.safetensors")
+    weights["language_model.model.norm.weight"][0] += 1
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"output_dir: found another run in .*\(model is "):
+        pipeline.run(folder, seeds=(3,), settings=SETTINGS, model_path=copy)
 
 
 def test_without_matplotlib_the_report_has_its_tables_and_says_how_to_have_charts(finished, monkeypatch, capsys):
