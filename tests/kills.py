@@ -32,7 +32,8 @@ model_name_or_path: model
 image_folder: images
 bootstrap: {annotations: data.json, max_new_tokens: 48, batch_size: 2}
 train: {dataset: pairs.json, use_cpu: true, max_steps: 60, save_steps: 4, save_total_limit: 2, logging_steps: 1,
-        per_device_train_batch_size: 4, learning_rate: 1.0e-2, lora_r: 4, lora_dropout: 0.1, report_to: none}
+        per_device_train_batch_size: 4, learning_rate: 1.0e-2, lora_r: 4, lora_dropout: 0.1,
+        disable_dropout: false, report_to: none}
 evaluate: {questions: questions.json, kind: pope, max_new_tokens: 48, batch_size: 2}
 """
 RESULTS = {
@@ -42,7 +43,7 @@ RESULTS = {
 }
 # The second status is that of a process whose own handlers are not there yet.
 STATUSES = {signal.SIGKILL: (-9,), signal.SIGTERM: (143, -15), signal.SIGINT: (130, -2)}
-GOES_ON = "resumes where this one stopped"
+GOES_ON = "the same command resumes"
 
 
 def make_larger_world(folder):
@@ -160,9 +161,8 @@ def main(arguments=None):
         parser.add_argument(f"--{name}", type=int, default=count)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a shell's background job ignores it, and so its children
+    # A shell's background job ignores it, and so would its children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     wrong = []
     with tempfile.TemporaryDirectory() as folder:
         make_larger_world(Path(folder))

@@ -70,8 +70,6 @@ REFUSED = {
     "sequence; leave it out",
     "auto_find_batch_size": "a smaller batch is another training; use token_budget, which takes less memory for the "
     "same result",
-    "logging_nan_inf_filter": "it would log a loss that is not finite as 0, and such a loss stops the run; leave it "
-    "out",
     "include_num_input_tokens_seen": "the Trainer finds no ids in packed sequences to count; num_tokens is logged",
     "eval_do_concat_batches": _METRICS,
     "eval_use_gather_object": _METRICS,
