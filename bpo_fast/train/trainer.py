@@ -24,14 +24,13 @@ from bpo_fast.models.packed_forward import enable_packed_forward, image_features
 from bpo_fast.ops.rows import TokenStatistics
 from bpo_fast.runs.files import write_jsonl
 from bpo_fast.train.check_pairs import check_columns, check_pairs
-from bpo_fast.train.checkpoints import check_checkpoint, last_complete_checkpoint, seal_checkpoint
+from bpo_fast.train.checkpoints import SEAL_FILE, check_checkpoint, last_complete_checkpoint, seal_checkpoint
 from bpo_fast.train.collator import PackedSequence, PreferenceCollator
 from bpo_fast.train.config import BPOConfig
 from bpo_fast.train.examples import EXAMPLE_COLUMNS, Examples
 from bpo_fast.train.finite import FiniteGuard
 from bpo_fast.train.start_check import check_packed_forward
 
-CHECKED_FILE = ".checked_pairs.json"
 UNUSABLE_FILE = "unusable_pairs.jsonl"
 
 
@@ -166,23 +165,36 @@ class BPOTrainer(Trainer):
         return output
 
     def _use_checked_examples(self):
-        """Leave out the training examples that cannot be used, or raise for them with `args.strict`."""
-        if isinstance(self.train_dataset, Examples):
-            return
-        options = {"strict": self.args.strict, "cache_file": Path(self.args.output_dir, CHECKED_FILE)}
-        # The first process checks and keeps what it found; the others read that.
-        with self.args.main_process_first(desc="checking the pairs"):
-            bad = check_pairs(self.train_dataset, self.data_collator, **options)
+        """Leave out the examples that cannot be used, or raise for them with `args.strict`."""
+        bad = []
+        self.train_dataset = self._checked("train_dataset", self.train_dataset, bad)
+        if isinstance(self.eval_dataset, dict):
+            parts = {
+                name: self._checked(f"eval_dataset {name}", part, bad) for name, part in self.eval_dataset.items()
+            }
+            self.eval_dataset = parts
+        elif self.eval_dataset is not None:
+            self.eval_dataset = self._checked("eval_dataset", self.eval_dataset, bad)
         if bad and self.is_world_process_zero():
             listed = Path(self.args.output_dir, UNUSABLE_FILE)
-            write_jsonl(listed, map(asdict, bad))
+            write_jsonl(listed, bad)
             print(
-                f"{len(bad):,} of {len(self.train_dataset):,} pairs cannot be used and are left out, see {listed}; "
-                f"the first is row {bad[0].number}: {bad[0].reason}"
+                f"{len(bad):,} pairs cannot be used and are left out, see {listed}; the first is row "
+                f"{bad[0]['number']} of {bad[0]['dataset']}: {bad[0]['reason']}"
             )
-        left_out = {pair.number for pair in bad}
-        kept = [number for number in range(len(self.train_dataset)) if number not in left_out]
-        self.train_dataset = Examples(self.train_dataset, kept)
+
+    def _checked(self, name, dataset, bad):
+        if isinstance(dataset, Examples):
+            return dataset
+        cache_file = Path(self.args.output_dir, f".checked_{name.replace(' ', '_')}.json")
+        # The first process checks and keeps what it found; the others read that.
+        with self.args.main_process_first(desc=f"checking {name}"):
+            found = check_pairs(
+                dataset, self.data_collator, strict=self.args.strict, cache_file=cache_file, desc=f"checking {name}"
+            )
+        bad += ({"dataset": name, **asdict(pair)} for pair in found)
+        left_out = {pair.number for pair in found}
+        return Examples(dataset, [number for number in range(len(dataset)) if number not in left_out])
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """One backward pass per packed sequence; each one's loss is its share of the batch's mean."""
@@ -206,6 +218,8 @@ class BPOTrainer(Trainer):
         self._guard.check()
         folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         limit, self.args.save_total_limit = self.args.save_total_limit, None
+        if self.args.should_save:
+            (folder / SEAL_FILE).unlink(missing_ok=True)
         try:
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()

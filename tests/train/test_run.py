@@ -262,12 +262,17 @@ def test_nothing_to_train_is_said(world, capsys, options, said):
 
 
 def test_bad_pairs_are_left_out_and_listed(world, capsys):
-    (world / "images/1.png").write_bytes((world / "images/1.png").read_bytes()[:300])
-    assert train() == 0
+    damaged = world / "images/1.png"
+    damaged.write_bytes(damaged.read_bytes()[:300])
+    assert train("--eval_dataset", "pairs.json", "--eval_strategy", "steps", "--eval_steps", "4") == 0
     said = capsys.readouterr().out
-    assert "1 of 4 pairs cannot be used and are left out, see out/unusable_pairs.jsonl; the first is row 1:" in said
+    assert "2 pairs cannot be used and are left out, see out/unusable_pairs.jsonl; the first is row 1 of train" in said
     assert "Adapter in out (3 pairs, 4 steps)." in said
-    (listed,) = [json.loads(line) for line in Path("out/unusable_pairs.jsonl").read_text().splitlines()]
-    assert listed["number"] == 1
+    listed = [json.loads(line) for line in Path("out/unusable_pairs.jsonl").read_text().splitlines()]
+    assert [(row["dataset"], row["number"], row["id"]) for row in listed] == [
+        ("train_dataset", 1, "1"),
+        ("eval_dataset", 1, "1"),
+    ]
+    assert all("1.png" in row["reason"] for row in listed)
     assert train("--strict", "true", output_dir="strict") == 2
     assert "1.png" in capsys.readouterr().err
