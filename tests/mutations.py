@@ -389,6 +389,13 @@ MUTATIONS = [
         "tests/train/test_families.py::test_other_families_are_refused_in_half_precision_with_small_weights",
     ),
     Mutation(
+        "a state beside attention let through by small weights",
+        "bpo_fast/train/start_check.py",
+        "            return output.token_logps, _convolutions(base.get_decoder())\n",
+        "            return output.token_logps, None\n",
+        "tests/train/test_families.py::test_convolutions_are_refused_however_small_their_weights",
+    ),
+    Mutation(
         "a log-prob that is no number let through",
         "bpo_fast/train/start_check.py",
         "    if mean <= most and reason is None:\n",
