@@ -11,20 +11,20 @@ _IGNORED = (
     # transformers' Trainer asks for pinned memory also where there is no device to pin it for.
     ("'pin_memory' argument is set as true but no accelerator is found", UserWarning),
 )
-_LOADING_BAR = "Loading weights"
-_LOADING_BAR_DELAY = 3.0  # seconds: the bar of a large model is worth seeing, that of a small one is not
+_MODEL_BARS = ("Loading weights", "Writing model shards")
+_MODEL_BAR_DELAY = 3.0  # seconds: the bar of a large model is worth seeing, that of a small one is not
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Ignore the warnings above inside the block, and show transformers' bar of loaded weights only if it lasts."""
+    """Ignore the warnings above inside the block; show transformers' bars of a model's weights only if they last."""
     from transformers.utils import logging
 
     previous = None
 
     def delay(factory, args, kwargs):
-        if kwargs.get("desc") == _LOADING_BAR:
-            kwargs = {**kwargs, "delay": _LOADING_BAR_DELAY}
+        if kwargs.get("desc") in _MODEL_BARS:
+            kwargs = {**kwargs, "delay": _MODEL_BAR_DELAY}
         return factory(*args, **kwargs) if previous is None else previous(factory, args, kwargs)
 
     previous = logging.set_tqdm_hook(delay)

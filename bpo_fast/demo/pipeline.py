@@ -1,6 +1,6 @@
 """The whole method on the miniature world: world, pairs, training, evaluation, report.
 
-    bpo-fast demo --output_dir bpo-demo --seeds 0
+    bpo-fast demo --output_dir bpo_output/demo --seeds 0
 
 A stage's last file appears complete and at once. A run that was killed resumes at the stage it was in: bootstrap and
 evaluations at their last batch, a training, which takes a minute, at its start.

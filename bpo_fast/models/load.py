@@ -116,7 +116,7 @@ def load_model(
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": trust_remote_code}
     if quantization == "nf4":
         if not is_bitsandbytes_available():
-            raise ImportError("quantization: found 'nf4' without bitsandbytes; pip install 'bpo-fast[qlora]'.")
+            raise ImportError("quantization: found 'nf4' without bitsandbytes; pip install 'bitsandbytes>=0.48'.")
         from transformers import BitsAndBytesConfig
 
         options["quantization_config"] = BitsAndBytesConfig(

@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 
 from bpo_fast.losses.config import LOSS_OPTIONS, LossConfig
 from bpo_fast.losses.table import losses_that
-from bpo_fast.train.options import check_options
+from bpo_fast.train.options import CHECKPOINTING, check_options
 
 _TYPES = get_type_hints(LossConfig)
 
@@ -83,7 +83,7 @@ class BPOConfig(LossOptions, TrainingArguments):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
-            self.gradient_checkpointing_kwargs = {"use_reentrant": False}
+            self.gradient_checkpointing_kwargs = dict(CHECKPOINTING)
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
         # Newer transformers call these two by other names, and warn of the old ones where only those are set.

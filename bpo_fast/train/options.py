@@ -52,6 +52,8 @@ _SHARDED = "the packed forward pass reads whole weights; start one process per G
 _LENGTHS = "packing leaves nothing to pad, so lengths need no grouping; use 'random' or 'sequential'"
 _PROJECTED = "it projects the gradients of full weights, and an adapter's are small already; use 'adamw_torch'"
 
+CHECKPOINTING = {"use_reentrant": False}  # what gradient checkpointing is done with by default
+
 # Option -> why it is refused where it differs from its default, and what to do instead.
 REFUSED = {
     "label_smoothing_factor": "it smooths the token labels of a cross-entropy, which no loss here is; use "
@@ -142,8 +144,7 @@ def check_options(config: Any) -> None:
             raise ValueError(f"{name}: found {os.environ[name]!r}, expected it unset: {_SHARDED}.")
     check_numbers(config, {name: allowed for name, allowed in NUMBERS.items() if name in defaults})
     _check_scheduler(config)
-    for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
-        _read_map(config, name)
+    _check_checkpointing(config)
     _check_accelerator(config)
     _check_reports(config)
     _check_together(config)
@@ -205,6 +206,23 @@ def _read_map(config, option):
     if not isinstance(value, dict | None):
         raise TypeError(f"{option}: found {value!r}, expected a map from names to values.")
     return value or {}
+
+
+def _check_checkpointing(config):
+    from torch.utils.checkpoint import checkpoint
+
+    # Two names each: transformers' older one, and the newer, which decides where it is set.
+    newer = getattr(config, "activation_checkpointing", None)
+    on = config.gradient_checkpointing if newer is None else newer
+    parameters = signature(checkpoint).parameters.values()
+    known = {parameter.name for parameter in parameters if parameter.kind is Parameter.KEYWORD_ONLY}
+    known |= {"preserve_rng_state", "every_n_layers", "offload"}
+    for option in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+        for name in (given := _read_map(config, option)):
+            if name not in known:
+                raise ValueError(f"{option}: found {name!r}, expected one of {', '.join(sorted(known))}.")
+        if given not in ({}, CHECKPOINTING) and not on:
+            raise ValueError(f"{option}: found {given} without gradient_checkpointing, expected None; leave it out.")
 
 
 def _check_accelerator(config):

@@ -65,17 +65,18 @@ def bar(desc, seconds):
         time.sleep(seconds / 2)
 
 
-def test_the_bar_of_loaded_weights_is_shown_only_if_it_lasts(capsys, monkeypatch):
+@pytest.mark.parametrize("name", ["Loading weights", "Writing model shards"])
+def test_the_bar_of_a_models_weights_is_shown_only_if_it_lasts(capsys, monkeypatch, name):
     with quiet():
-        bar("Loading weights", 0)
+        bar(name, 0)
         assert capsys.readouterr().err == ""
         bar("Downloading", 0)
         assert "Downloading" in capsys.readouterr().err
-        monkeypatch.setattr(module, "_LOADING_BAR_DELAY", 0.02)
-        bar("Loading weights", 0.2)
-        assert "Loading weights" in capsys.readouterr().err
-    bar("Loading weights", 0)
-    assert "Loading weights" in capsys.readouterr().err
+        monkeypatch.setattr(module, "_MODEL_BAR_DELAY", 0.02)
+        bar(name, 0.2)
+        assert name in capsys.readouterr().err
+    bar(name, 0)
+    assert name in capsys.readouterr().err
 
 
 def test_a_hook_that_was_there_is_called_and_put_back():

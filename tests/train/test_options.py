@@ -89,6 +89,8 @@ def test_a_value_without_effect_is_refused_by_name(name, value):
     [
         {},
         {"eval_strategy": "steps", "eval_steps": 5},
+        {"activation_checkpointing": False},
+        {"gradient_checkpointing_kwargs": {"every_n_layers": 2}},
         {"eval_strategy": "epoch", "load_best_model_at_end": True, "save_strategy": "epoch"},
         {"eval_strategy": "epoch", "save_strategy": "best", "metric_for_best_model": "rewards/margins"},
         {"eval_strategy": "epoch", "lr_scheduler_type": "reduce_lr_on_plateau"},
@@ -159,6 +161,11 @@ def test_no_number_is_infinite_negative_or_text(name, value):
         (
             {"accelerator_config": "none.json"},
             "accelerator_config: found no file 'none.json', expected a JSON file or",
+        ),
+        ({"gradient_checkpointing_kwargs": {"foo": 1}}, "gradient_checkpointing_kwargs: found 'foo', expected one"),
+        (
+            {"gradient_checkpointing_kwargs": {"every_n_layers": 2}, "gradient_checkpointing": False},
+            "gradient_checkpointing_kwargs: found {'every_n_layers': 2} without gradient_checkpointing, expected",
         ),
         ({"report_to": "nothing"}, "report_to: found 'nothing', expected one of "),
         ({"report_to": ["none", "wandb"]}, "report_to: found 'wandb', expected one of "),
