@@ -1,7 +1,6 @@
 """The options of each command: name, type, default, choices and help, each written once.
 
-What a library module keeps as a table (noise targets, schedules, scorers) comes from there by way of `cli.names`: an
-entry added to such a table is a choice of the command.
+What a library module keeps as a table comes from there, and by way of `cli.names` where that module imports torch.
 """
 
 from collections.abc import Iterable
@@ -9,7 +8,8 @@ from dataclasses import MISSING, dataclass, field
 from importlib import resources
 from typing import Any, ClassVar
 
-from bpo_fast.cli.names import LORA_TARGET_MODULES, NOISE_TARGETS, SCHEDULES, SCORERS
+from bpo_fast.cli.names import LORA_TARGET_MODULES, NOISE_TARGETS, SCHEDULES
+from bpo_fast.evaluate.run import SCORERS
 from bpo_fast.runs.numbers import COUNT, POSITIVE, SEED, SHARE, Range, check_numbers
 
 # Where a command writes when it is told nowhere: the commands' folders lie beside each other.

@@ -6,7 +6,6 @@ import pytest
 from bpo_fast.cli import names
 from bpo_fast.cli.options import BootstrapArguments, EvaluateArguments, MergeArguments, TrainArguments
 from bpo_fast.cli.recipe import carried_options, parse_arguments
-from bpo_fast.evaluate.run import SCORERS
 from bpo_fast.models.lora import LORA_TARGET_MODULES
 from bpo_fast.models.weaken import SCHEDULES, TARGETS
 from bpo_fast.train.trainer import BPOConfig
@@ -219,9 +218,6 @@ def test_names_are_the_entries_of_the_librarys_tables():
     assert tuple(TARGETS) == names.NOISE_TARGETS
     assert tuple(SCHEDULES) == names.SCHEDULES
     assert tuple(LORA_TARGET_MODULES) == names.LORA_TARGET_MODULES
-    assert {kind: tuple(scorer) for kind, scorer in names.SCORERS.items()} == {
-        kind: (scorer.truth, scorer.needs_synonyms) for kind, scorer in SCORERS.items()
-    }
 
 
 @pytest.mark.parametrize("arguments", [BootstrapArguments, TrainArguments, EvaluateArguments, MergeArguments])
