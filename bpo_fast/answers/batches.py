@@ -68,7 +68,7 @@ def respond(
 
     Args:
         folder: of the run, locked.
-        settings: what decides a response, see `holds_run`.
+        settings: what else than the model decides a response, see `holds_run`.
         given: the model; loaded only if a response is missing, and left in the mode it came in.
         questions: N questions; those of one key are asked once.
         image_folder: folder that their images are in.
@@ -85,7 +85,8 @@ def respond(
         ValueError: the folder holds another run or a damaged journal, no image can be read, or the processor is not
             the model's.
     """
-    holds_run(folder, settings)
+    given.check()
+    holds_run(folder, {**given.settings(), **settings})
     keys = [question_key(question, image_folder) for question in questions]
     with Journal(folder / RESPONSES_FILE, {"text": str, "truncated": bool}) as journal:
         missing = {key: each for key, each in zip(keys, questions, strict=True) if key not in journal.records}
@@ -97,7 +98,8 @@ def respond(
             with _evaluating(model):
                 first = next(iter(missing.values()))
                 check_processor(model, processor, read_image(image_path(image_folder, first.image)))
-                claim_folder(folder, settings)
+                # Once more: only a model that has been downloaded says which one it is.
+                claim_folder(folder, {**given.settings(), **settings})
                 for name in results:
                     (folder / name).unlink(missing_ok=True)
                 with tqdm(total=done + len(missing), initial=done, unit="question", desc=desc) as progress:

@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from bpo_fast.models.load import load_model, load_processor
-from bpo_fast.models.weights import model_fingerprint, weights_fingerprint
+from bpo_fast.models.weights import (
+    check_adapter_files,
+    check_model_files,
+    local_folder,
+    model_fingerprint,
+    weights_fingerprint,
+)
 
 
 @dataclass(frozen=True)
@@ -37,11 +43,23 @@ class GivenModel:
     def _is_path(self):
         return isinstance(self.model, str | Path)
 
+    def check(self) -> None:
+        """Refuse files of model and adapter that will not load, before anything waits for them.
+
+        Raises:
+            ValueError: see `check_model_files` and `check_adapter_files`.
+        """
+        model = local_folder("model", self.model) if self._is_path else None
+        adapter = None if self.adapter is None else local_folder("adapter", self.adapter)
+        if model is not None:
+            check_model_files(model)
+        if adapter is not None:
+            check_adapter_files(adapter)
+
     def settings(self) -> dict:
         """What of a run's settings the model decides: its weights and its adapter's, data type and quantisation.
 
-        Raises:
-            ValueError, OSError: there is no model or adapter at its path.
+        A model id has no commit before it has been downloaded, see `weights_fingerprint`.
         """
         adapter = None
         if self.adapter is not None:

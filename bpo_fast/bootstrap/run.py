@@ -20,7 +20,7 @@ from bpo_fast.data.formats import preference_row
 from bpo_fast.data.pairs import METADATA_FILE, PAIRS_FILE, load_preference_dataset, write_pairs
 from bpo_fast.models.weaken import TARGETS, resolve_schedule, weaken
 from bpo_fast.ops.noise.schedule import NoiseSchedule
-from bpo_fast.runs.files import write_json, write_jsonl
+from bpo_fast.runs.files import read_json, write_json, write_jsonl
 from bpo_fast.runs.fingerprint import fingerprint
 from bpo_fast.runs.folder import locked_folder
 
@@ -114,7 +114,6 @@ def bootstrap(
 
     given = GivenModel(model, processor, adapter, model_init_kwargs or {})
     settings = {
-        **given.settings(),
         "noise_target": noise_target,
         "noise_step": noise_step,
         "schedule": schedule if isinstance(schedule, str) else fingerprint(noise_schedule.alpha_bar.tolist()),
@@ -150,7 +149,11 @@ def bootstrap(
             "rejected_truncated": sum(pair["rejected_truncated"] for pair in pairs),
         }
         selection = {"max_response_words": max_response_words, "max_samples": max_samples}
-        metadata = {"settings": settings, "annotations": fingerprint(samples), **selection}
+        metadata = {
+            "settings": read_json(folder / METADATA_FILE)["settings"],
+            "annotations": fingerprint(samples),
+            **selection,
+        }
         metadata |= {"image_folder": str(Path(image_folder).resolve()), "counts": counts}
         write_json(folder / METADATA_FILE, metadata)
         write_pairs(folder / PAIRS_FILE, pairs)

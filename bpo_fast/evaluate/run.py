@@ -131,7 +131,7 @@ def evaluate(
     check_count("batch_size", batch_size)
     decoding = GenerationSettings(max_new_tokens)
     given = GivenModel(model, processor, adapter, model_init_kwargs or {})
-    settings = {"kind": kind, **given.settings(), "max_new_tokens": max_new_tokens}
+    settings = {"kind": kind, "max_new_tokens": max_new_tokens}
     asked = [Question(record["id"], record["image"], record["question"]) for record in records]
 
     def answer(model, processor, batch, images):

@@ -161,7 +161,8 @@ def _difference(name: str, there: Any, here: Any) -> str | None:
     """What tells two values of a setting apart, or None."""
     paths = [value["path"] if _has_weights(value) else value for value in (there, here)]
     if _has_weights(there) and _has_weights(here):
-        if there["weights"] == here["weights"]:
+        # A model id has no commit until the model has been downloaded.
+        if there["weights"] == here["weights"] or there["weights"].startswith(f"{here['weights']}@"):
             return None
         if paths[0] == paths[1]:
             return f"{name} '{paths[0]}' had other weights then: it was changed or trained again"

@@ -108,17 +108,12 @@ def test_the_same_question_twice_is_asked_once(asking, questions):
     assert asking([*questions[:2], questions[0]])[:2] == ([text_of(0), text_of(1), text_of(0)], ["ab"])
 
 
-def test_no_model_is_loaded_for_what_is_there_or_cannot_be(asking, questions, tmp_path):
+def test_no_model_is_loaded_for_what_is_there_or_cannot_be(asking, questions, monkeypatch):
     asking()
-
-    class Unusable:
-        """Neither a path nor a model: whoever uses it fails."""
-
-    assert asking(given=GivenModel(Unusable()))[1] == []
-    with pytest.raises(AttributeError):
-        asking([Question("z", "0.png", "w0")], given=GivenModel(Unusable()))
+    monkeypatch.setattr(GivenModel, "load", lambda given: pytest.fail("loaded"))
+    assert asking()[1] == []
     with pytest.raises(ValueError, match=r"image_folder: found no image that can be read among 1 \(.*2\.png: found a"):
-        asking([questions[2]], given=GivenModel(Unusable()))
+        asking([questions[2]])
 
 
 def test_the_folder_is_claimed_once_model_and_processor_were_tried(tiny_llava, asking, tmp_path, monkeypatch):

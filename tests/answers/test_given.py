@@ -48,3 +48,16 @@ def test_options_of_loading_beside_a_loaded_model_are_refused(tiny_llava):
         ValueError, match="model_init_kwargs: found some beside a loaded model, expected them with a path"
     ):
         GivenModel(*tiny_llava, init_kwargs={"dtype": "float32"})
+
+
+def test_files_that_will_not_load_are_told_by_their_argument(saved, tmp_path):
+    for given, sentence in [
+        (GivenModel(str(tmp_path / "none")), "model: found no folder"),
+        (GivenModel(saved, adapter=tmp_path / "none"), "adapter: found no folder"),
+        (GivenModel(saved, adapter=saved), r"adapter: found no adapter_config\.json"),
+    ]:
+        with pytest.raises(ValueError, match=sentence):
+            given.check()
+    (saved / "model.safetensors").write_bytes(b"garbage")
+    with pytest.raises(ValueError, match=r"model\.safetensors: found"):
+        GivenModel(saved).check()

@@ -248,7 +248,7 @@ def test_annotations(bad, world, capsys):
         lambda world: edit(world / "questions.json", lambda records: records[0].update(label="Yes")),
         "evaluate",
         '"num_questions": 4',
-        left=None,
+        left=("answers.jsonl", "metadata.json", "responses.jsonl", "scores.json", "skipped.jsonl"),
         status=0,
     ),
 )

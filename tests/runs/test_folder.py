@@ -58,6 +58,10 @@ def test_models_and_adapters_are_known_by_their_weights(tmp_path):
 
     claim_folder(tmp_path, settings("bpo", "sha256:a"))
     assert holds_run(tmp_path, settings("moved/bpo", "sha256:a"))
+    claim_folder(tmp_path / "id", settings("owner/name", "hub:owner/name@123"))
+    assert holds_run(tmp_path / "id", settings("owner/name", "hub:owner/name"))  # not on this machine yet
+    with pytest.raises(ValueError, match="other weights then"):
+        holds_run(tmp_path / "id", settings("owner/name", "hub:owner/name@124"))
     for other, sentence in [
         (settings("bpo", "sha256:b"), r"\(adapter 'bpo' had other weights then: it was changed or trained again\)"),
         (settings("sft", "sha256:b"), r"\(adapter is 'bpo' there and 'sft' here\)"),
