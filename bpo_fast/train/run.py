@@ -21,7 +21,7 @@ from bpo_fast.runs.files import read_json, write_json
 from bpo_fast.runs.folder import locked_folder
 from bpo_fast.runs.interrupts import Interrupted
 from bpo_fast.train.card import public_name, write_card
-from bpo_fast.train.checkpoints import last_complete_checkpoint
+from bpo_fast.train.checkpoints import check_checkpoint, last_complete_checkpoint
 from bpo_fast.train.config import BPOConfig
 from bpo_fast.train.settings import deciding_settings, differences
 from bpo_fast.train.stopping import StopOnSignal
@@ -96,6 +96,8 @@ def train(
         checkpoint = config.resume_from_checkpoint or last_complete_checkpoint(
             folder, report=_say if is_main else None
         )
+        if config.resume_from_checkpoint:
+            check_checkpoint(checkpoint)
         if is_main:
             write_json(folder / RECORD_FILE, {"settings": settings})
             if checkpoint:
@@ -184,9 +186,16 @@ def _save_adapter(trainer, folder, card):
     """Adapter, processor and card, written apart and moved in, the weights last."""
     parts = folder / ".adapter"
     shutil.rmtree(parts, ignore_errors=True)
-    trainer.accelerator.unwrap_model(trainer.model).save_pretrained(parts)
-    trainer.processing_class.save_pretrained(parts)
-    write_card(parts, **card)
+    try:
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(parts)
+        trainer.processing_class.save_pretrained(parts)
+        write_card(parts, **card)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(parts, ignore_errors=True)
+        raise OSError(
+            f"{folder}: found that the adapter cannot be written ({str(error).splitlines()[0]}), expected room and "
+            "leave to write there; the same command writes it from the last checkpoint."
+        ) from error
     for path in sorted(parts.iterdir(), key=lambda path: path.name == SAFETENSORS_WEIGHTS_NAME):
         if (folder / path.name).is_dir():
             shutil.rmtree(folder / path.name)

@@ -12,9 +12,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopOnSignal(TrainerCallback):
-    """While the block runs, the first signal asks for a checkpoint and the end, and the second ends at once.
+    """While a training steps, one signal asks for a checkpoint and the end, and a second one ends it at once.
 
-    Where several processes train together they agree on it after each step: a signal to one of them stops all.
+    Before the first step and after the last, signals do what they did. Where several processes train together they
+    agree after each step: a signal to one of them stops all.
 
     Attributes:
         signal: the signal that came, or None.
@@ -25,13 +26,22 @@ class StopOnSignal(TrainerCallback):
         self._previous = {}
 
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self
 
     def __exit__(self, *_):
+        self._restore()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._restore()
+
+    def _restore(self):
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        self._previous = {}
 
     def _handle(self, number: int, frame: FrameType | None):
         if self.signal is not None:

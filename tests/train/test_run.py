@@ -78,6 +78,7 @@ def test_a_signal_saves_a_checkpoint_and_the_same_command_ends_with_the_same_ada
 
 def test_a_second_signal_ends_at_once():
     with StopOnSignal() as stop:
+        stop.on_train_begin(None, None, None)
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.signal == signal.SIGTERM
         with pytest.raises(KeyboardInterrupt):
@@ -252,6 +253,7 @@ def test_pairs_held_out_are_evaluated_and_not_trained_on(world, capsys):
     ("options", "said"),
     [
         (["--dataloader_drop_last", "true", "--per_device_train_batch_size", "5"], "found batches of 5 for 4 pairs"),
+        (["--resume_from_checkpoint", "nowhere"], "nowhere: found a checkpoint that was not written to its end"),
         (["--max_steps", "-1", "--num_train_epochs", "0"], "num_train_epochs: found 0.0, expected a positive number"),
     ],
 )
