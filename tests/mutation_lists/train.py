@@ -113,7 +113,7 @@ MUTATIONS = [
         "bpo_fast/train/trainer.py",
         "check_packed_forward(self.model, self.data_collator, examples)",
         "0.0",
-        "tests/bad_inputs/test_families.py::test_bad_families",
+        "tests/bad_inputs/test_families.py::test_bad_models",
     ),
     Mutation(
         "pairs that cannot be used met in the middle of an epoch",

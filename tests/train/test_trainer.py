@@ -313,7 +313,9 @@ def test_bad_arguments_are_named(tmp_path):
 def test_several_gpus_in_one_process_are_refused_with_the_line_to_type(tmp_path):
     args = BPOConfig(**settings(tmp_path))
     args._n_gpu = 2
-    with pytest.raises(ValueError, match="found 2 GPUs in one process.*torchrun --nproc_per_node 2 -m bpo_fast train"):
+    with pytest.raises(
+        ValueError, match=r"found 2 GPUs in one process.*torchrun --nproc_per_node 2 -m bpo_fast train"
+    ):
         BPOTrainer(make_llava(), args, Dataset.from_list(make_pairs(2)), processing_class=make_processor())
 
 
