@@ -55,14 +55,14 @@ def summary(results: dict) -> list[str]:
         results: of the run, as `write_report` takes them.
     """
     mean, sentences = results["mean"], []
-    for other, words in (("sft", "Beside SFT on the same pairs"), ("base", "Beside the model before")):
+    for other, words in (("sft", "Beside SFT on the same pairs"), ("base", "Beside the model before training")):
         sides = {"gains": [], "costs": []}
         for name, (_, scorer, rate) in zip(_SHORT, _MAIN_RATES, strict=True):
             there, here = (_percent(mean[method][scorer][rate]) for method in (other, "bpo"))
             better = (mean["bpo"][scorer][rate] > mean[other][scorer][rate]) != (scorer == "chair")
             if there != here:
                 sides["gains" if better else "costs"].append(f"{name} {here} instead of {there}")
-        gains, costs = (", ".join(sides[side]) or "none of these figures" for side in ("gains", "costs"))
+        gains, costs = (", ".join(sides[side]) or "nothing in these figures" for side in ("gains", "costs"))
         sentences.append(f"{words}, BPO gains: {gains}. It costs: {costs}.")
     return sentences
 

@@ -187,7 +187,7 @@ def test_the_first_lines_say_gains_and_costs():
         "yes/no accuracy 45.0 % instead of 50.0 %."
     )
     mean["bpo"] = mean["sft"]
-    assert "gains: none of these figures. It costs: none of these figures." in report.summary({"mean": mean})[0]
+    assert "gains: nothing in these figures. It costs: nothing in these figures." in report.summary({"mean": mean})[0]
 
 
 def test_hallucinated_words_are_marked_in_the_report(finished):
