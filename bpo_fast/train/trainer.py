@@ -176,12 +176,7 @@ class BPOTrainer(Trainer):
         elif self.eval_dataset is not None:
             self.eval_dataset = self._checked("eval_dataset", self.eval_dataset, bad)
         if bad and self.is_world_process_zero():
-            listed = Path(self.args.output_dir, UNUSABLE_FILE)
-            write_jsonl(listed, bad)
-            print(
-                f"{len(bad):,} pairs cannot be used and are left out, see {listed}; the first is row "
-                f"{bad[0]['number']} of {bad[0]['dataset']}: {bad[0]['reason']}"
-            )
+            write_jsonl(Path(self.args.output_dir, UNUSABLE_FILE), bad)
 
     def _checked(self, name, dataset, bad):
         if isinstance(dataset, Examples):
@@ -191,6 +186,12 @@ class BPOTrainer(Trainer):
         with self.args.main_process_first(desc=f"checking {name}"):
             found = check_pairs(
                 dataset, self.data_collator, strict=self.args.strict, cache_file=cache_file, desc=f"checking {name}"
+            )
+        if found and self.is_world_process_zero():
+            whose = "" if name == "train_dataset" else f" of {name}"
+            print(
+                f"{len(found):,} of {len(dataset):,} pairs{whose} cannot be used and are left out, see "
+                f"{Path(self.args.output_dir, UNUSABLE_FILE)}; the first is row {found[0].number}: {found[0].reason}"
             )
         bad += ({"dataset": name, **asdict(pair)} for pair in found)
         left_out = {pair.number for pair in found}

@@ -36,6 +36,20 @@ def put(make):
         left=None,
     ),
     Bad(
+        "images whose tokens see each other both ways",
+        put(REFUSED["PaliGemma"][0]),
+        "train",
+        "PaliGemmaForConditionalGeneration over GemmaModel, whose log-probs on packed rows differ",
+        left=None,
+    ),
+    Bad(
+        "a state beside attention",
+        put(REFUSED["LLaVA over FalconH1"][0]),
+        "train --lora_target_modules q_proj",
+        "over FalconH1Model, whose layers have convolutions over tokens, and whose log-probs on packed rows differ",
+        left=None,
+    ),
+    Bad(
         "a window shorter than the prompt",
         put(lambda: llava("MistralConfig", sliding_window=6)),
         "train",

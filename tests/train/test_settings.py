@@ -22,7 +22,7 @@ def config(**options):
         ("max_grad_norm", 0.5, "max_grad_norm is 1.0 there and 0.5 here"),
         ("seed", 1, "seed is 42 there and 1 here"),
         ("data_seed", 1, "data_seed is None there and 1 here"),
-        ("fp16", True, "fp16 is False there and True here"),
+        ("bf16", True, "bf16 is False there and True here"),
         ("lr_scheduler_type", "cosine", "lr_scheduler_type is 'linear' there and 'cosine' here"),
         ("lr_scheduler_kwargs", {}, "lr_scheduler_kwargs is None there and {} here"),
         ("warmup_steps", 3, "warmup_steps is 0 there and 3 here"),
