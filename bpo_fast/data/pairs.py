@@ -119,10 +119,32 @@ def load_preference_dataset(path: str | os.PathLike, *, image_folder: str | os.P
 
 
 def dataset_fingerprint(dataset: Dataset) -> str:
-    """Fingerprint of what a data set's conversations are rendered from, which tells one set of pairs from another."""
-    rendered = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
-    names = [name for name in rendered if name in dataset.column_names]
-    return fingerprint(dataset.select_columns(names).iter(batch_size=1000))
+    """Fingerprint of what a data set's examples are made of, which tells one set of pairs from another.
+
+    Conversations count whole, an image by the name and size of its file, or the size of its bytes: the folder may
+    move, and the files of a large data set are not read again each time.
+    """
+    made_of = ("images", "image", "prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
+    names = [name for name in made_of if name in dataset.column_names]
+
+    def rows():
+        for table in dataset.select_columns(names).with_format("arrow").iter(batch_size=1000):
+            for row in table.to_pylist():
+                images = [row.pop(name) for name in ("images", "image") if name in row]
+                yield [row, [list(map(_image_mark, each if isinstance(each, list) else [each])) for each in images]]
+
+    return fingerprint(rows())
+
+
+def _image_mark(image):
+    if not isinstance(image, dict):
+        return None
+    path, content = image.get("path"), image.get("bytes")
+    try:
+        size = len(content) if content is not None else os.stat(path).st_size
+    except (OSError, TypeError, ValueError):
+        size = None
+    return [None if path is None else os.path.basename(path), size]
 
 
 def _to_dataset(pairs, image_folder, file):

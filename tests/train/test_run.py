@@ -187,6 +187,17 @@ def test_other_pairs_are_refused_after_the_first_checkpoint_and_taken_before(sto
     assert "Adapter in out (3 pairs, 4 steps)." in capsys.readouterr().out
 
 
+def test_an_image_that_was_mended_makes_other_pairs(stopped, capsys):
+    image = stopped / "images/1.png"
+    content = image.read_bytes()
+    image.write_bytes(content[:300])
+    assert train() == 2
+    assert "the pairs are others" in capsys.readouterr().err
+    image.write_bytes(content)
+    shutil.move(stopped / "images", stopped / "moved")
+    assert train("--image_folder", "moved") == 0
+
+
 def test_a_mistyped_model_claims_nothing(world, capsys):
     assert train("--model_name_or_path", "./modle") == 2
     assert "modle" in capsys.readouterr().err
