@@ -302,7 +302,7 @@ def _over(text, **options):
     return functools.partial(llava, text, **options)
 
 
-# Families whose packed rows compute what their own forward does.
+# Families whose packed sequences compute what their own forward does.
 EXACT = {
     "LLaVA over Llama": llava,
     "LLaVA over Mistral": _over("MistralConfig"),

@@ -36,7 +36,7 @@ class AttentionCalls:
 
     Attributes:
         packed: calls with the packing.
-        unpacked: calls without it, which saw the whole row.
+        unpacked: calls without it, which saw the whole packed sequence.
         ignored: keyword arguments that packed attention does not compute with, such as the sinks of GPT-OSS (`s_aux`).
     """
 

@@ -1,4 +1,4 @@
-"""The start check: log-probs of packed rows against transformers' own forward of each conversation by itself.
+"""The start check: log-probs of packed sequences against transformers' own forward of each conversation by itself.
 
 The packed forward reads one-dimensional positions, causal masks and one list of image features. A model that needs
 more would be trained wrongly without a word; here its first examples show it before the first step. Nothing is taken
@@ -23,7 +23,7 @@ from bpo_fast.models.packing import Packing
 from bpo_fast.models.prompt import image_inputs
 from bpo_fast.train.collator import PreferenceCollator
 
-# Examples that are compared: several groups of one row, in a fraction of a second.
+# Examples that are compared: several groups of one packed sequence, in a fraction of a second.
 NUM_EXAMPLES = 3
 
 # Most bytes of a copy in float32, for a second and sharper comparison of a model in a lower precision.
@@ -52,7 +52,7 @@ def tolerance(eps: float, spread: float) -> float:
 
 
 def check_packed_forward(model: nn.Module, collator: PreferenceCollator, examples: Sequence[dict[str, Any]]) -> float:
-    """Compare log-probs of packed rows with the model's own forward of each conversation alone.
+    """Compare log-probs of packed sequences with the model's own forward of each conversation alone.
 
     The examples are packed as training packs them. For each conversation, a prompt with one of its answers, the
     model's own forward gets what the processor makes of it and computes with the attention that the model was loaded
@@ -94,9 +94,10 @@ def _check(base: PreTrainedModel, collator: PreferenceCollator, examples: list[d
     if mean <= most and reason is None:
         return mean
     raise ValueError(
-        f"model: found {_names(base)}, {f'{reason}, and ' if reason else ''}whose log-probs on packed rows differ "
-        f"from its own forward's by {mean:.2g} nats a token on average ({difference.max().item():.2g} at most), "
-        f"expected at most {most:.1g} in {str(dtype).removeprefix('torch.')}; use a family that docs/models.md lists."
+        f"model: found {_names(base)}, {f'{reason}, and ' if reason else ''}whose log-probs on packed sequences "
+        f"differ from its own forward's by {mean:.2g} nats a token on average ({difference.max().item():.2g} at "
+        f"most), expected at most {most:.1g} in {str(dtype).removeprefix('torch.')}; use a family that docs/models.md "
+        "lists."
     )
 
 
@@ -104,7 +105,7 @@ def _packed_logps(base, collator, examples) -> tuple[torch.Tensor, str | None]:
     """fp32 [N] of the packed forward, and what is known to be wrong with it."""
     (sequence,) = collator(examples)["sequences"]
     sequence = sequence.to(base.device)
-    with _failing_in_a_sentence(base, "forward on packed rows"):
+    with _failing_in_a_sentence(base, "forward on packed sequences"):
         try:
             features = image_features(base, sequence.image_inputs) if sequence.image_inputs else None
             output = base(packing=sequence.packing, image_features=features, image_rows=sequence.image_rows)
@@ -165,7 +166,7 @@ def _conversations(base: PreTrainedModel, made: BatchFeature, packing: Packing):
 
 @dataclass
 class _Recorder:
-    """A processor that remembers what it made last, before the collator takes what packed rows need."""
+    """A processor that remembers what it made last, before the collator takes what packed sequences need."""
 
     processor: Any
     made: BatchFeature | None = None
@@ -211,7 +212,7 @@ def _failing_in_a_sentence(base: PreTrainedModel, what: str) -> Iterator[None]:
         said = str(error).strip().splitlines() or [""]
         raise ValueError(
             f"model: found {_names(base)}, whose {what} fails ({type(error).__name__}: {said[0].rstrip('.')}), "
-            "expected one that computes alike on packed rows and alone; use a family that docs/models.md lists."
+            "expected one that computes alike on packed sequences and alone; use a family that docs/models.md lists."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Models that packed rows cannot train: a sentence with their names, before anything is trained."""
+"""Models that packed sequences cannot train: a sentence with their names, before anything is trained."""
 
 from bad_input import Bad, check, table
 from tiny_families import REFUSED, llava
@@ -39,14 +39,14 @@ def put(make):
         "images whose tokens see each other both ways",
         put(REFUSED["PaliGemma"][0]),
         "train",
-        "PaliGemmaForConditionalGeneration over GemmaModel, whose log-probs on packed rows differ",
+        "PaliGemmaForConditionalGeneration over GemmaModel, whose log-probs on packed sequences differ",
         left=None,
     ),
     Bad(
         "a state beside attention",
         put(REFUSED["LLaVA over FalconH1"][0]),
         "train --lora_target_modules q_proj",
-        "over FalconH1Model, whose layers have convolutions over tokens, and whose log-probs on packed rows differ",
+        "over FalconH1Model, whose layers have convolutions over tokens, and whose log-probs on packed",
         left=None,
     ),
     Bad(

@@ -172,7 +172,7 @@ MUTATIONS = [
         "tests/models/test_layers.py::test_sequences_beyond_a_reach_are_refused",
     ),
     Mutation(
-        "packed rows compared with packed attention's own kind of attention",
+        "packed sequences compared with packed attention's own kind of attention",
         "bpo_fast/models/packed_forward.py",
         "    decoder.set_attn_implementation(model._unpacked_attention)\n",
         "",

@@ -39,7 +39,7 @@ MUTATIONS = [
         "tests/train/test_check_pairs.py::test_what_changed_is_tried_again",
     ),
     Mutation(
-        "a family that needs more than packed rows have trained wrongly",
+        "a family that needs more than packed sequences have trained wrongly",
         "bpo_fast/train/start_check.py",
         "    if mean <= most and reason is None:\n",
         "    if reason is None:\n",

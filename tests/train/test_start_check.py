@@ -141,7 +141,7 @@ def test_a_forward_that_crashes_is_a_sentence(parts, monkeypatch, method, error)
         raise error("no 3-D positions\nand more.")
 
     monkeypatch.setattr(model, method, crash)
-    what = "forward on packed rows" if method == "get_image_features" else "own forward"
+    what = "forward on packed sequences" if method == "get_image_features" else "own forward"
     with pytest.raises(ValueError, match=f"over LlamaModel, whose {what} fails .{error.__name__}: .*no 3-D positions"):
         check_packed_forward(model, collator, examples)
 
