@@ -73,4 +73,11 @@ MUTATIONS = [
         "or False:",
         "tests/cli/test_recipe.py::test_mistakes_of_training_options",
     ),
+    Mutation(
+        "evaluations during training without pairs to evaluate on",
+        "bpo_fast/cli/options.py",
+        "        if evaluates and not given:\n",
+        "        if False:\n",
+        "tests/cli/test_recipe.py::test_mistakes_of_training_options",
+    ),
 ]

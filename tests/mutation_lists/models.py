@@ -178,4 +178,11 @@ MUTATIONS = [
         "",
         "tests/train/test_start_check.py::test_the_model_is_compared_with_the_attention_it_was_loaded_with",
     ),
+    Mutation(
+        "an adapter's folder given as the model",
+        "bpo_fast/models/weights.py",
+        "    if (folder / ADAPTER_CONFIG).exists():\n",
+        "    if False:\n",
+        "tests/bad_inputs/test_models.py::test_bad_models",
+    ),
 ]

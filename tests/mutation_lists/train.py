@@ -122,4 +122,18 @@ MUTATIONS = [
         "",
         "tests/train/test_run.py::test_bad_pairs_are_left_out_and_listed",
     ),
+    Mutation(
+        "a batch larger than the data, all of which is dropped",
+        "bpo_fast/train/trainer.py",
+        "        _check_batch(self.args, len(self.train_dataset))\n",
+        "",
+        "tests/train/test_run.py::test_nothing_to_train_is_said",
+    ),
+    Mutation(
+        "pairs that were changed after a checkpoint",
+        "bpo_fast/data/pairs.py",
+        "    return [None if path is None else os.path.basename(path), size]\n",
+        "    return None\n",
+        "tests/train/test_run.py::test_an_image_that_was_mended_makes_other_pairs",
+    ),
 ]
