@@ -110,7 +110,8 @@ class BPOTrainer(Trainer):
         )
         # For each packed sequence since the last log: name -> (sum, count).
         self._metrics: dict[str, list[dict[str, tuple]]] = {"train": [], "eval": []}
-        self._num_train_tokens = 0
+        # Tokens trained on in this process, and in all before it, whose number a checkpoint keeps.
+        self._num_train_tokens, self._num_tokens_before = 0, 0
         self._guard = FiniteGuard()
         self._start_difference: float | None = None
         if args.ddp_broadcast_buffers is None:
@@ -153,13 +154,16 @@ class BPOTrainer(Trainer):
         _check_batch(self.args, len(self.train_dataset))
         if resume_from_checkpoint:
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint, TRAINER_STATE_NAME)))
+            self._num_tokens_before = state.num_input_tokens_seen
             if state.global_step >= state.max_steps:
                 self._load_from_checkpoint(resume_from_checkpoint)
                 self.state = state
                 return TrainOutput(state.global_step, 0.0, {})
         first = range(min(self.args.per_device_train_batch_size, len(self.train_dataset)))
         examples = [self.train_dataset[number] for number in first]
-        self._start_difference = check_packed_forward(self.model, self.data_collator, examples)
+        difference = check_packed_forward(self.model, self.data_collator, examples)
+        if not resume_from_checkpoint:  # a resumed run's log is that of one that was not stopped
+            self._start_difference = difference
         output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         self._guard.check()
         return output
@@ -217,6 +221,9 @@ class BPOTrainer(Trainer):
     def _save_checkpoint(self, model, trial):
         """A checkpoint that is whole or not there; older ones are removed when it is whole, and not before."""
         self._guard.check()
+        num_tokens = torch.tensor(self._num_train_tokens, device=self.args.device)
+        num_tokens = int(self.accelerator.reduce(num_tokens, reduction="sum"))
+        self.state.num_input_tokens_seen = self._num_tokens_before + num_tokens
         folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         if self.args.should_save:
@@ -315,7 +322,7 @@ class BPOTrainer(Trainer):
             prefix = "eval_" if mode == "eval" else ""
             for name, total, count in zip(names, sums[::2], sums[1::2], strict=True):
                 logs[prefix + name] = total / max(1.0, count)
-            logs[prefix + "num_tokens"] = int(num_tokens)
+            logs[prefix + "num_tokens"] = self._num_tokens_before + int(num_tokens)
         if mode == "train" and self._start_difference is not None:
             logs["packed_forward_difference"], self._start_difference = self._start_difference, None
         super().log(logs, start_time)

@@ -40,6 +40,13 @@ def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+def log(folder):
+    """What a run logged, but for how long it took."""
+    last = max(Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+    history = json.loads((last / "trainer_state.json").read_text())["log_history"]
+    return [{name: value for name, value in entry.items() if "second" not in name} for entry in history]
+
+
 def files(folder):
     """Names, bytes and times of all files of a run."""
     found = (path for path in Path(folder).rglob("*") if path.is_file() and path.name != ".lock")
@@ -63,18 +70,20 @@ def send_at(monkeypatch, step, number):
 def test_a_signal_saves_a_checkpoint_and_the_same_command_ends_with_the_same_adapter(
     world, capsys, monkeypatch, number, status
 ):
-    assert train(output_dir="whole") == 0
+    assert train("--logging_steps", "1", output_dir="whole") == 0
     before = signal.getsignal(number)
     undo = send_at(monkeypatch, 3, number)
-    assert train("--save_steps", "100") == status
+    assert train("--save_steps", "100", "--logging_steps", "1") == status
     undo()
     assert signal.getsignal(number) == before
     assert "a checkpoint of step 3 is in out; the same command resumes there." in capsys.readouterr().err
     assert not Path("out/adapter_model.safetensors").exists()
     assert last_complete_checkpoint("out") == "out/checkpoint-3"
-    assert train("--save_steps", "100") == 0
+    assert train("--save_steps", "100", "--logging_steps", "1") == 0
     assert "resuming from out/checkpoint-3" in capsys.readouterr().out
     assert same(adapter("out"), adapter("whole"))
+    assert log("out") == log("whole")
+    assert [entry["num_tokens"] for entry in log("out")] == sorted(entry["num_tokens"] for entry in log("out"))
 
 
 def test_a_second_signal_ends_at_once():
