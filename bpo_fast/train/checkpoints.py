@@ -62,6 +62,12 @@ def last_complete_checkpoint(output_dir: str | Path, *, report: Callable[[str], 
     return None
 
 
+def not_written(error: Exception) -> str:
+    """Why a checkpoint or an adapter could not be written, in the system's words where there are any."""
+    cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+    return getattr(cause, "strerror", None) or str(error).partition("\n")[0]
+
+
 def _step(folder):
     number = folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
     return int(number) if number.isdecimal() and folder.is_dir() else None

@@ -21,7 +21,7 @@ from bpo_fast.runs.files import read_json, write_json
 from bpo_fast.runs.folder import locked_folder
 from bpo_fast.runs.interrupts import Interrupted
 from bpo_fast.train.card import public_name, write_card
-from bpo_fast.train.checkpoints import check_checkpoint, last_complete_checkpoint
+from bpo_fast.train.checkpoints import check_checkpoint, last_complete_checkpoint, not_written
 from bpo_fast.train.config import BPOConfig
 from bpo_fast.train.settings import deciding_settings, differences
 from bpo_fast.train.stopping import StopOnSignal
@@ -193,7 +193,7 @@ def _save_adapter(trainer, folder, card):
     except (OSError, SafetensorError) as error:
         shutil.rmtree(parts, ignore_errors=True)
         raise OSError(
-            f"{folder}: found that the adapter cannot be written ({str(error).splitlines()[0]}), expected room and "
+            f"{folder}: found that the adapter cannot be written ({not_written(error)}), expected room and "
             "leave to write there; the same command writes it from the last checkpoint."
         ) from error
     for path in sorted(parts.iterdir(), key=lambda path: path.name == SAFETENSORS_WEIGHTS_NAME):

@@ -24,7 +24,13 @@ from bpo_fast.models.packed_forward import enable_packed_forward, image_features
 from bpo_fast.ops.rows import TokenStatistics
 from bpo_fast.runs.files import write_jsonl
 from bpo_fast.train.check_pairs import check_columns, check_pairs
-from bpo_fast.train.checkpoints import SEAL_FILE, check_checkpoint, last_complete_checkpoint, seal_checkpoint
+from bpo_fast.train.checkpoints import (
+    SEAL_FILE,
+    check_checkpoint,
+    last_complete_checkpoint,
+    not_written,
+    seal_checkpoint,
+)
 from bpo_fast.train.collator import PackedSequence, PreferenceCollator
 from bpo_fast.train.config import BPOConfig
 from bpo_fast.train.examples import EXAMPLE_COLUMNS, Examples
@@ -237,7 +243,7 @@ class BPOTrainer(Trainer):
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(folder, ignore_errors=True)
             raise OSError(
-                f"{folder}: found that it cannot be written ({str(error).splitlines()[0]}), expected room and leave "
+                f"{folder}: found that it cannot be written ({not_written(error)}), expected room and leave "
                 "to write there; the checkpoints before it are whole, and the same command resumes from the last."
             ) from error
         finally:
