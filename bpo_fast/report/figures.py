@@ -25,11 +25,13 @@ def bar_chart(percentages: Mapping[str, Sequence[float]], colors: Mapping[str, s
     """
     axes = _axes(width)
     means = [fmean(values) for values in percentages.values()]
-    bars = axes.bar(list(percentages), means, width=0.62, color=[colors[name] for name in percentages])
-    for place, values in enumerate(percentages.values()):
+    axes.bar(list(percentages), means, width=0.62, color=[colors[name] for name in percentages])
+    for place, (mean, values) in enumerate(zip(means, percentages.values(), strict=True)):
         if len(values) > 1:
             axes.scatter([place] * len(values), values, s=12, color=_INK, zorder=3)
-    axes.bar_label(bars, [f"{mean:.0f} %" for mean in means], padding=6, fontsize=10, color=_INK)
+        # Above the highest dot, which would hide a part of it.
+        label = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center"}
+        axes.annotate(f"{mean:.0f} %", (place, max(values)), fontsize=10, color=_INK, **label)
     axes.set_ylim(0, 112)
     axes.set_yticks(range(0, 101, 25))
     return axes.figure
