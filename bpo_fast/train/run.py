@@ -106,6 +106,10 @@ def train(
             trainer.add_callback(stop)
             trainer.train(resume_from_checkpoint=checkpoint)
         num_pairs, num_steps = len(trainer.train_dataset), trainer.state.global_step
+        if config.world_size > 1:
+            # Left to the interpreter's end, the group's threads now and then abort the process.
+            trainer.accelerator.wait_for_everyone()
+            trainer.accelerator.end_training()
         if stop.signal is not None and num_steps < trainer.state.max_steps:
             where = f"a checkpoint of step {num_steps:,} is in {folder}; the same command resumes there."
             raise Interrupted(stop.signal, where)

@@ -122,6 +122,8 @@ class BPOTrainer(Trainer):
         self._start_difference: float | None = None
         if args.ddp_broadcast_buffers is None:
             args.ddp_broadcast_buffers = False  # frozen ones, which no rank changes
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False  # `check_gradients` sees to it
         super().__init__(
             model=model,
             args=args,

@@ -244,6 +244,8 @@ options = dict(max_steps=5, per_device_train_batch_size=2, token_budget={token_b
 trainer = run({folder!r}, trainer_class=Counting, **options)
 counts = [None, None]
 torch.distributed.all_gather_object(counts, Counting.counts)
+trainer.accelerator.wait_for_everyone()
+trainer.accelerator.end_training()
 if trainer.is_world_process_zero():
     values = [history(trainer, name) for name in ("loss", "grad_norm", "rewards/margins")]
     json.dump([counts, values], open({answer!r}, "w"))
