@@ -82,7 +82,9 @@ def train(
     folder = Path(config.output_dir)
     is_main = config.process_index == 0
     with locked_folder(folder) if is_main else nullcontext():
-        num_steps = _finished_steps(folder, settings)
+        # Looked for once: its files are read whole.
+        last = last_complete_checkpoint(folder, report=_say if is_main else None)
+        num_steps = _finished_steps(folder, settings, has_checkpoint=last is not None)
         if num_steps is not None:
             return Trained(len(pairs), num_steps, was_finished=True)
         trainer = BPOTrainer(
@@ -93,9 +95,7 @@ def train(
             processing_class=load_processor(model, trust_remote_code=bool(model_init_kwargs.get("trust_remote_code"))),
             peft_config=peft_config,
         )
-        checkpoint = config.resume_from_checkpoint or last_complete_checkpoint(
-            folder, report=_say if is_main else None
-        )
+        checkpoint = config.resume_from_checkpoint or last
         if config.resume_from_checkpoint:
             check_checkpoint(checkpoint)
         if is_main:
@@ -104,7 +104,7 @@ def train(
                 _say(f"resuming from {checkpoint}")
         with StopOnSignal() as stop:
             trainer.add_callback(stop)
-            trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.train_from(checkpoint)
         num_pairs, num_steps = len(trainer.train_dataset), trainer.state.global_step
         if config.world_size > 1:
             # Left to the interpreter's end, the group's threads now and then abort the process.
@@ -121,7 +121,7 @@ def train(
     return Trained(num_pairs, num_steps, was_finished=False)
 
 
-def _finished_steps(folder, settings):
+def _finished_steps(folder, settings, has_checkpoint):
     """The steps of the finished run in `folder`, None where there is none or it goes on; refuses another run's.
 
     Until its first checkpoint a run has nothing to lose, and any setting and any pair may change.
@@ -139,7 +139,7 @@ def _finished_steps(folder, settings):
     if not isinstance(earlier, dict):
         raise ValueError(f"{path}: found no settings, expected those of the run in this folder; choose another.")
     num_steps = record.get("num_steps")
-    if num_steps is None and last_complete_checkpoint(folder) is None:
+    if num_steps is None and not has_checkpoint:
         return None
     found = [_WHOLE.get(phrase.partition(" ")[0], phrase) for phrase in differences(earlier, settings)]
     if found:

@@ -158,21 +158,25 @@ class BPOTrainer(Trainer):
                 )
         elif resume_from_checkpoint:
             check_checkpoint(resume_from_checkpoint)
+        return self.train_from(resume_from_checkpoint or None, **kwargs)
+
+    def train_from(self, checkpoint: str | None, **kwargs) -> TrainOutput:
+        """`train` from a checkpoint that is known to be whole, whose files are not read for it again; None: anew."""
         self._use_checked_examples()
         _check_batch(self.args, len(self.train_dataset))
-        if resume_from_checkpoint:
-            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint, TRAINER_STATE_NAME)))
+        if checkpoint:
+            state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
             self._num_tokens_before = state.num_input_tokens_seen
             if state.global_step >= state.max_steps:
-                self._load_from_checkpoint(resume_from_checkpoint)
+                self._load_from_checkpoint(checkpoint)
                 self.state = state
                 return TrainOutput(state.global_step, 0.0, {})
         first = range(min(self.args.per_device_train_batch_size, len(self.train_dataset)))
         examples = [self.train_dataset[number] for number in first]
         difference = check_packed_forward(self.model, self.data_collator, examples)
-        if not resume_from_checkpoint:  # a resumed run's log is that of one that was not stopped
+        if not checkpoint:  # a resumed run's log is that of one that was not stopped
             self._start_difference = difference
-        output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         self._guard.check()
         return output
 

@@ -83,7 +83,6 @@ def test_a_signal_saves_a_checkpoint_and_the_same_command_ends_with_the_same_ada
     assert "resuming from out/checkpoint-3" in capsys.readouterr().out
     assert same(adapter("out"), adapter("whole"))
     assert log("out") == log("whole")
-    assert [entry["num_tokens"] for entry in log("out")] == sorted(entry["num_tokens"] for entry in log("out"))
 
 
 def test_a_second_signal_ends_at_once():
