@@ -93,6 +93,26 @@ def holds_run(output_dir: str | os.PathLike, settings: dict, *, record: str = "m
     Raises:
         ValueError: the folder holds a run with other settings, or files but no run.
     """
+    kept = read_run(output_dir, record=record)
+    if kept is None:
+        return False
+    found = kept["settings"]
+    settings = json.loads(json.dumps(settings))
+    for name in settings | found:
+        if difference := _difference(name, found.get(name), settings.get(name)):
+            raise ValueError(
+                f"output_dir: found another run in '{output_dir}' ({difference}), expected this run or an empty "
+                "folder; choose another output_dir."
+            )
+    return True
+
+
+def read_run(output_dir: str | os.PathLike, *, record: str = "metadata.json") -> dict | None:
+    """What the `record` of the run in `output_dir` says, its `settings` among it; None for no folder or an empty one.
+
+    Raises:
+        ValueError: the folder holds files but no run, or a record that cannot be read.
+    """
     output_dir = Path(output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"output_dir: found the file '{output_dir}', expected a folder; choose another output_dir.")
@@ -103,24 +123,18 @@ def holds_run(output_dir: str | os.PathLike, settings: dict, *, record: str = "m
                 f"output_dir: found files but no {record} in '{output_dir}', expected this run or an empty folder; "
                 "choose another output_dir."
             )
-        return False
+        return None
     try:
-        found = read_json(path)["settings"]
+        kept = read_json(path)
+        readable = isinstance(kept["settings"], dict)
     except (ValueError, KeyError, TypeError):
-        found = None
-    if not isinstance(found, dict):
+        readable = False
+    if not readable:
         raise ValueError(
             f"{path}: found no settings that can be read, expected those of the run in this folder; choose another "
             "output_dir."
         )
-    settings = json.loads(json.dumps(settings))
-    for name in settings | found:
-        if difference := _difference(name, found.get(name), settings.get(name)):
-            raise ValueError(
-                f"output_dir: found another run in '{output_dir}' ({difference}), expected this run or an empty "
-                "folder; choose another output_dir."
-            )
-    return True
+    return kept
 
 
 def claim_folder(output_dir: str | os.PathLike, settings: dict, *, record: str = "metadata.json") -> bool:

@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from bpo_fast.data.pairs import dataset_fingerprint, load_preference_dataset
 from bpo_fast.models.load import load_model, load_processor
 from bpo_fast.models.weights import weights_fingerprint
-from bpo_fast.runs.files import read_json, write_json
-from bpo_fast.runs.folder import locked_folder
+from bpo_fast.runs.files import write_json
+from bpo_fast.runs.folder import locked_folder, read_run
 from bpo_fast.runs.interrupts import Interrupted
 from bpo_fast.train.card import public_name, write_card
 from bpo_fast.train.checkpoints import check_checkpoint, last_complete_checkpoint, not_written
@@ -126,22 +126,11 @@ def _finished_steps(folder, settings, has_checkpoint):
 
     Until its first checkpoint a run has nothing to lose, and any setting and any pair may change.
     """
-    path = folder / RECORD_FILE
-    if not path.exists():
-        if folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
-            raise ValueError(
-                f"output_dir: found files but no {RECORD_FILE} in '{folder}', expected a training run or an empty "
-                "folder; choose another output_dir."
-            )
+    record = read_run(folder, record=RECORD_FILE)
+    num_steps = None if record is None else record.get("num_steps")
+    if record is None or (num_steps is None and not has_checkpoint):
         return None
-    record = read_json(path)
-    earlier = record.get("settings") if isinstance(record, dict) else None
-    if not isinstance(earlier, dict):
-        raise ValueError(f"{path}: found no settings, expected those of the run in this folder; choose another.")
-    num_steps = record.get("num_steps")
-    if num_steps is None and not has_checkpoint:
-        return None
-    found = [_WHOLE.get(phrase.partition(" ")[0], phrase) for phrase in differences(earlier, settings)]
+    found = [_WHOLE.get(phrase.partition(" ")[0], phrase) for phrase in differences(record["settings"], settings)]
     if found:
         raise ValueError(
             f"output_dir: found a run with other settings in '{folder}' ({'; '.join(found)}), expected the same, "
