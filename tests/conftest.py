@@ -8,6 +8,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 from tiny_models import make_llava, make_processor
 
+from bpo_fast.runs.journal import Journal
+
 pytest.register_assert_rewrite("bad_input")
 
 
@@ -20,3 +22,16 @@ def processor():
 def tiny_llava(processor):
     """(model, processor): random weights, 4 image tokens, grouped-query attention, CPU, fp32."""
     return make_llava(), processor
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The ids that a model is asked in this test, in their batches."""
+    append, calls = Journal.append, []
+
+    def spy(journal, records):
+        calls.append([record["id"] for record in records])
+        append(journal, records)
+
+    monkeypatch.setattr(Journal, "append", spy)
+    return calls

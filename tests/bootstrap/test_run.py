@@ -253,53 +253,39 @@ def test_a_model_or_adapter_trained_again_into_the_same_folder_is_another_run(ti
     assert contents(out) == before
 
 
-def asked(monkeypatch):
-    """The ids that are asked from now on, in their batches."""
-    append, calls = Journal.append, []
-
-    def spy(journal, records):
-        calls.append([record["id"] for record in records])
-        append(journal, records)
-
-    monkeypatch.setattr(Journal, "append", spy)
-    return calls
-
-
 @pytest.mark.parametrize("do_sample", [False, True])
-def test_added_changed_and_removed_records_cost_only_themselves(
-    tiny_llava, annotated, tmp_path, monkeypatch, do_sample
-):
+def test_added_changed_and_removed_records_cost_only_themselves(tiny_llava, annotated, tmp_path, asked, do_sample):
     path, folder = annotated
     records = json.loads(path.read_text())
     options = OPTIONS | {"do_sample": do_sample}
     bootstrap(*tiny_llava, records[:4], folder, tmp_path / "out", **options)
-    calls = asked(monkeypatch)
+    asked.clear()
     records[5]["conversations"][0]["value"] = "<image> w50"
     Image.frombytes("RGB", (16, 16), random.Random(2).randbytes(768)).save(folder / "2.png")  # mended
     del records[0]
     dataset = bootstrap(*tiny_llava, records, folder, tmp_path / "out", **options)
-    assert calls == [["r2", "r5"], ["r6"]]
+    assert asked == [["r2", "r5"], ["r6"]]
     fresh = bootstrap(*tiny_llava, records, folder, tmp_path / "fresh", **options)
     assert dataset.to_dict() == fresh.to_dict()
     for name in ("pairs.jsonl", "skipped.jsonl", "metadata.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "fresh" / name).read_bytes()
 
 
-def test_more_samples_go_on_with_those_that_are_there(tiny_llava, annotated, tmp_path, monkeypatch):
-    calls, out = asked(monkeypatch), tmp_path / "out"
+def test_more_samples_go_on_with_those_that_are_there(tiny_llava, annotated, tmp_path, asked):
+    out = tmp_path / "out"
     for max_samples, wanted in ((1, 1), (3, 2), (2, 0), (None, 2)):
-        calls.clear()
+        asked.clear()
         dataset = bootstrap(*tiny_llava, *annotated, out, **OPTIONS, max_samples=max_samples)
         assert len(dataset) == (max_samples or 5)
-        assert sum(map(len, calls)) == wanted
+        assert sum(map(len, asked)) == wanted
     assert dataset.to_dict() == bootstrap(*tiny_llava, *annotated, tmp_path / "whole", **OPTIONS).to_dict()
 
 
-def test_another_limit_of_words_costs_no_response(tiny_llava, annotated, tmp_path, monkeypatch):
+def test_another_limit_of_words_costs_no_response(tiny_llava, annotated, tmp_path, asked):
     records, out = json.loads(annotated[0].read_text()), tmp_path / "out"
     records[6]["conversations"][1]["value"] = " ".join(["w3"] * 8)
     whole = bootstrap(*tiny_llava, records, annotated[1], out, **OPTIONS)
-    calls = asked(monkeypatch)
+    asked.clear()
     fewer = bootstrap(*tiny_llava, records, annotated[1], out, **OPTIONS, max_response_words=7)
     assert fewer["id"] == whole["id"][:-1]
     again = bootstrap(*tiny_llava, records, annotated[1], out, **OPTIONS)
@@ -309,7 +295,7 @@ def test_another_limit_of_words_costs_no_response(tiny_llava, annotated, tmp_pat
     ):
         bootstrap(*tiny_llava, records, annotated[1], out, **OPTIONS, max_response_words=4)
     assert not (out / "pairs.jsonl").exists()  # which would be those of another limit
-    assert calls == []
+    assert asked == []
 
 
 def test_a_run_that_goes_on_is_unfinished_until_its_pairs_are_whole(tiny_llava, annotated, tmp_path, monkeypatch):

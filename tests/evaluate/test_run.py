@@ -13,7 +13,6 @@ from bpo_fast.evaluate import evaluate
 from bpo_fast.evaluate.chair import score_chair
 from bpo_fast.evaluate.pope import score_pope
 from bpo_fast.evaluate.run import SCORERS, Scorer
-from bpo_fast.runs.journal import Journal
 
 TABLE = {"w3": ["w3", "w30"], "w5": ["w5"], "w7": ["w7"]}
 
@@ -55,19 +54,6 @@ def pope(tiny_llava, records, folder, out, **options):
 
 def contents(out):
     return {path.name: path.read_bytes() for path in out.iterdir()}
-
-
-@pytest.fixture
-def asked(monkeypatch):
-    """The ids that are asked, in their batches."""
-    append, calls = Journal.append, []
-
-    def spy(journal, records):
-        calls.append([record["id"] for record in records])
-        append(journal, records)
-
-    monkeypatch.setattr(Journal, "append", spy)
-    return calls
 
 
 @pytest.mark.parametrize("kind", ["chair", "pope"])
