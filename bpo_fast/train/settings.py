@@ -6,8 +6,10 @@ from enum import Enum
 from typing import Any
 
 from bpo_fast.train.config import BPOConfig
+from bpo_fast.train.options import REFUSED
 
-# Fields of BPOConfig that do not change what a run ends with. All others are compared before a run is resumed.
+# Fields of BPOConfig that do not change what a run ends with. All others are compared before a run is resumed, but for
+# those that `options.REFUSED` holds to one value.
 HARMLESS = frozenset(
     {
         # Where results, checkpoints and logs go, and how often.
@@ -16,7 +18,6 @@ HARMLESS = frozenset(
         "logging_strategy",
         "logging_steps",
         "logging_first_step",
-        "logging_nan_inf_filter",
         "log_level",
         "log_level_replica",
         "log_on_each_node",
@@ -31,27 +32,13 @@ HARMLESS = frozenset(
         "save_steps",
         "save_total_limit",
         "save_on_each_node",
-        "enable_jit_checkpoint",
-        "push_to_hub",
-        "hub_token",
-        "hub_private_repo",
-        "hub_model_id",
-        "hub_strategy",
-        "hub_always_push",
-        "hub_revision",
         # Evaluation on the way; `load_best_model_at_end`, by which it would choose the result, is compared.
         "eval_strategy",
-        "do_eval",
         "eval_steps",
         "eval_delay",
         "eval_on_start",
-        "eval_accumulation_steps",
-        "eval_do_concat_batches",
-        "eval_use_gather_object",
         "per_device_eval_batch_size",
         "prediction_loss_only",
-        "include_for_metrics",
-        "batch_eval_metrics",
         # How examples reach the device.
         "dataloader_num_workers",
         "dataloader_pin_memory",
@@ -69,7 +56,6 @@ HARMLESS = frozenset(
         "strict",
         "debug",
         "skip_memory_metrics",
-        "include_num_input_tokens_seen",
         "ddp_timeout",
         "ddp_broadcast_buffers",
         "local_rank",
@@ -80,7 +66,7 @@ HARMLESS = frozenset(
 def deciding_settings(config: BPOConfig) -> dict[str, Any]:
     """The fields of a configuration that decide its result, and the number of processes, as JSON values."""
     settings = {field.name: _plain(getattr(config, field.name)) for field in fields(config)}
-    settings = {name: value for name, value in settings.items() if name not in HARMLESS}
+    settings = {name: value for name, value in settings.items() if name not in HARMLESS and name not in REFUSED}
     return settings | {"num_processes": config.world_size}
 
 

@@ -5,6 +5,7 @@ from dataclasses import fields
 import pytest
 
 from bpo_fast import BPOConfig
+from bpo_fast.train.options import REFUSED
 from bpo_fast.train.settings import HARMLESS, deciding_settings, differences
 
 
@@ -71,3 +72,4 @@ def test_what_does_not_may_differ(option, value):
 
 def test_every_harmless_name_is_an_option():
     assert set(HARMLESS) <= {field.name for field in fields(BPOConfig)}
+    assert HARMLESS.isdisjoint(REFUSED)
