@@ -12,7 +12,9 @@ import dataclasses
 import math
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -184,6 +186,39 @@ def with_fresh_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConf
         model = get_peft_model(model, restrict_to_decoder(peft_config, model))
     _check_adapter(model)
     return model
+
+
+@contextmanager
+def adapter_disabled(model: nn.Module) -> Iterator[None]:
+    """The model without its adapter inside this block, as by PEFT's `disable_adapter()`, to the same bits.
+
+    PEFT walks every module of the model twice and sets every parameter's `requires_grad`: about 30 ms of host time for
+    280 linears. Here the layers that hold an adapter are found once for a model, and a flag of each is set. Blocks may
+    be nested, and leave every layer as they found it, also when an exception ends them.
+
+    Args:
+        model: a `PeftModel`, or any model with layers of PEFT's in it.
+    """
+    # Adapters are added to a model by name, and then may be on more of its modules.
+    names = tuple(getattr(model, "peft_config", ()))
+    found = _SWITCHES.get(model)
+    if found is None or found[0] != names:
+        switches = [part for part in model.modules() if isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+        # `disable_adapters` of such a layer reads it there; `nn.Module.__setattr__` looks for parameters first.
+        found = _SWITCHES[model] = names, [switch.__dict__ for switch in switches]
+    switches = found[1]
+    before = [switch.get("_disable_adapters", False) for switch in switches]
+    try:
+        for switch in switches:
+            switch["_disable_adapters"] = True
+        yield
+    finally:
+        for switch, disabled in zip(switches, before, strict=True):
+            switch["_disable_adapters"] = disabled
+
+
+# Model -> names of its adapters, and the attributes of the layers that hold them.
+_SWITCHES: WeakKeyDictionary[nn.Module, tuple[tuple[str, ...], list[dict]]] = WeakKeyDictionary()
 
 
 def check_gradients(model: nn.Module) -> None:

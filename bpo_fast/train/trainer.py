@@ -19,7 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotat
 
 from bpo_fast.losses.preference import Responses, token_preference
 from bpo_fast.models.load import load_model, load_processor
-from bpo_fast.models.lora import check_gradients, with_fresh_adapter
+from bpo_fast.models.lora import adapter_disabled, check_gradients, with_fresh_adapter
 from bpo_fast.models.packed_forward import enable_packed_forward, image_features, sum_branches
 from bpo_fast.ops.rows import TokenStatistics
 from bpo_fast.runs.files import write_jsonl
@@ -292,7 +292,7 @@ class BPOTrainer(Trainer):
         inputs = self._model_inputs(unwrapped, sequence)
         ref_token_logps = None
         if self.loss_config.needs_reference:
-            with torch.no_grad(), unwrapped.disable_adapter():
+            with torch.no_grad(), adapter_disabled(unwrapped):
                 ref_token_logps = model(**inputs).token_logps
         policy = model(**inputs, with_statistics=True)
         responses = Responses(

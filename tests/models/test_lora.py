@@ -1,5 +1,7 @@
 """The adapter: on the decoder's linears alone, exactly zero before training, everything else refused."""
 
+import copy
+
 import pytest
 import torch
 from peft import IA3Config, LoHaConfig, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
@@ -7,7 +9,7 @@ from peft.tuners.lora import LoraLayer
 from tiny_models import make_llava
 from transformers import LlamaConfig, LlavaForConditionalGeneration
 
-from bpo_fast.models.lora import check_gradients, restrict_to_decoder, with_fresh_adapter
+from bpo_fast.models.lora import adapter_disabled, check_gradients, restrict_to_decoder, with_fresh_adapter
 from bpo_fast.models.packed_forward import enable_packed_forward
 from bpo_fast.models.packing import Group, pack
 
@@ -87,6 +89,67 @@ def test_a_fresh_adapter_adds_exactly_zero_trains_and_gives_the_base_back(option
     assert (model(packing=packing).token_logps - base).abs().max() > 1e-3
     with model.disable_adapter():
         assert torch.equal(model(packing=packing).token_logps, base)
+
+
+@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["language_model.norm", "input_layernorm"]}])
+def test_a_disabled_adapter_is_pefts_to_the_bit_and_comes_back(options):
+    model = with_fresh_adapter(make_llava(), LoraConfig(r=2, init_lora_weights="gaussian", **options)).eval()
+    ids = torch.tensor([[7, 8, 9, 10]])
+
+    def logits():
+        with torch.no_grad():
+            return model(input_ids=ids).logits
+
+    fresh = logits()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+    trained = logits()
+    with model.disable_adapter():
+        theirs = logits()
+    assert torch.equal(theirs, fresh)
+    assert not torch.equal(theirs, trained)
+    trainable = [parameter.requires_grad for parameter in model.parameters()]
+    with adapter_disabled(model):
+        assert torch.equal(logits(), theirs)
+        with adapter_disabled(model):
+            assert torch.equal(logits(), theirs)
+        assert torch.equal(logits(), theirs)
+    assert torch.equal(logits(), trained)
+    with pytest.raises(KeyError), adapter_disabled(model):
+        raise KeyError
+    assert torch.equal(logits(), trained)
+    with model.disable_adapter():
+        with adapter_disabled(model):
+            pass
+        assert torch.equal(logits(), theirs)
+    assert trainable == [parameter.requires_grad for parameter in model.parameters()]
+    assert not any("_disable_adapters" in name for name in model.state_dict())
+
+
+def test_a_copy_and_an_adapter_that_is_added_are_disabled_too():
+    model = own(target_modules=DECODER, init_lora_weights=False).eval()
+    ids = torch.tensor([[7, 8, 9, 10]])
+    with torch.no_grad(), adapter_disabled(model):
+        base = model(input_ids=ids).logits
+    other = LoraConfig(r=2, target_modules=DECODER.replace("q_proj", "up_proj"), init_lora_weights=False)
+    model.add_adapter("other", other)
+    model.set_adapter("other")
+    for each in (model, copy.deepcopy(model)):
+        with torch.no_grad():
+            assert not torch.equal(each(input_ids=ids).logits, base)
+            with adapter_disabled(each):
+                assert torch.equal(each(input_ids=ids).logits, base)
+
+
+def test_a_merged_adapter_is_taken_out_of_the_weights_where_it_is_disabled():
+    model = own(init_lora_weights=False).eval()
+    ids = torch.tensor([[7, 8, 9, 10]])
+    with torch.no_grad(), adapter_disabled(model):
+        base = model(input_ids=ids).logits
+    model.merge_adapter()
+    with torch.no_grad(), adapter_disabled(model):
+        torch.testing.assert_close(model(input_ids=ids).logits, base)
 
 
 @pytest.mark.parametrize(
