@@ -1,5 +1,6 @@
 """Load a vision-language model, its adapter and its processor."""
 
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -8,10 +9,16 @@ from huggingface_hub import snapshot_download
 from jinja2 import TemplateSyntaxError
 from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 from transformers.utils import find_adapter_config_file, is_bitsandbytes_available
 
-from bpo_fast.models.families import PROJECTORS, VISION_MODULES
 from bpo_fast.models.weights import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -114,22 +121,13 @@ def load_model(
     options = {"dtype": dtype, "device_map": {"": device}, "use_safetensors": True}
     # Told by name below; transformers' own error names none.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": trust_remote_code}
-    if quantization == "nf4":
-        if not is_bitsandbytes_available():
-            raise ImportError("quantization: found 'nf4' without bitsandbytes; pip install 'bitsandbytes>=0.48'.")
-        from transformers import BitsAndBytesConfig
-
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-            # What is not the language model stays as it is: the vision part is small, and it makes the features.
-            llm_int8_skip_modules=["lm_head", *VISION_MODULES, *PROJECTORS],
-        )
-    elif quantization is not None:
+    if quantization not in (None, "nf4"):
         raise ValueError(f"quantization: found '{quantization}', expected 'nf4' or None.")
+    if quantization and not is_bitsandbytes_available():
+        raise ImportError("quantization: found 'nf4' without bitsandbytes; pip install 'bitsandbytes>=0.48'.")
     _check_model(path, trust_remote_code)
+    if quantization:
+        options["quantization_config"] = _nf4(path, trust_remote_code)
     # Before the model, which takes minutes.
     adapter_folder = None if adapter is None else _adapter_folder(adapter)
     with _loading("model", path):
@@ -151,6 +149,30 @@ def _check_model(path: str | Path, trust_remote_code: bool) -> None:
     if is_adapter:
         # transformers would put it on whatever model it names.
         raise found_an_adapter(path)
+
+
+def _nf4(path: str | Path, trust_remote_code: bool) -> BitsAndBytesConfig:
+    """Four bits for the linears of the decoder's layers. The vision part is small and makes the features: it stays."""
+    with _loading("model", path), torch.device("meta"):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
+    decoder = model.get_decoder()
+    # transformers looks for these from the start of a module's full name, as regular expressions: the name of the
+    # vision tower alone is found in none.
+    outside, parts = [], [*model.named_children()]
+    while parts:
+        name, part = parts.pop()
+        if part is not decoder and decoder in part.modules():
+            parts += [(f"{name}.{child}", inner) for child, inner in part.named_children()]
+        elif part is not decoder:
+            outside.append(re.escape(name))
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=outside,
+    )
 
 
 def _check_tensors(model: PreTrainedModel, found: dict, path: str | Path) -> None:

@@ -6,9 +6,13 @@ import shutil
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from tiny_families import EXACT
 from tiny_models import make_llava, make_processor
+from torch import nn
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from bpo_fast.models.load import load_model, load_processor
 
@@ -301,3 +305,30 @@ def test_other_mistakes_are_named(folder):
         ValueError, match=r"model: found none that loads in 'no-such-owner/none', expected a saved one"
     ):
         load_model("no-such-owner/none")
+
+
+# Parts of a family's model beside its decoder that hold linears.
+OUTSIDE = {
+    "LLaVA over Llama": ["model.vision_tower", "model.multi_modal_projector", "lm_head"],
+    "LLaVA over Qwen2": ["model.vision_tower", "model.multi_modal_projector", "lm_head"],
+    "InternVL": ["model.vision_tower", "model.multi_modal_projector", "lm_head"],
+    "Idefics3": ["model.vision_model", "model.connector", "lm_head"],
+}
+
+
+@pytest.mark.parametrize("family", OUTSIDE)
+def test_nf4_holds_the_language_models_linears_in_4_bits_and_no_others(family, tmp_path):
+    model, _ = EXACT[family]()
+    model.save_pretrained(tmp_path)
+    quantised = load_model(tmp_path, device="cpu", quantization="nf4", dtype=torch.bfloat16)
+    decoder = [part for part in model.get_decoder().modules() if type(part) is nn.Linear]
+    skipped = quantised.config.quantization_config.llm_int8_skip_modules
+    for name, part in model.named_modules():
+        if type(part) is not nn.Linear:
+            continue
+        assert should_convert_module(name, skipped) == (part in decoder), name
+        there = quantised.get_submodule(name)
+        assert isinstance(there, Linear4bit) == (part in decoder), name
+        if part not in decoder:
+            assert name.startswith(tuple(OUTSIDE[family])), name
+            assert torch.equal(there.weight, part.weight.bfloat16()), name

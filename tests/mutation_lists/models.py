@@ -185,4 +185,18 @@ MUTATIONS = [
         "    if False:\n",
         "tests/bad_inputs/test_models.py::test_bad_models",
     ),
+    Mutation(
+        "a vision tower held in 4 bits",
+        "bpo_fast/models/load.py",
+        "            outside.append(re.escape(name))\n",
+        '            outside.append(name.rpartition(".")[2])\n',
+        "tests/models/test_load.py::test_nf4_holds_the_language_models_linears_in_4_bits_and_no_others",
+    ),
+    Mutation(
+        "an adapter added later that is not disabled for the reference",
+        "bpo_fast/models/lora.py",
+        "    if found is None or found[0] != names:\n",
+        "    if found is None:\n",
+        "tests/models/test_lora.py::test_a_copy_and_an_adapter_that_is_added_are_disabled_too",
+    ),
 ]
