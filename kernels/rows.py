@@ -97,6 +97,12 @@ def final_target_logit(logits, target, vocab_size, transform):
 
 
 @triton.jit
+def log_of_sum(row_sum, target, vocab_size):
+    """log s of a row; NaN for a target outside the vocabulary, so that its log-prob and its whole gradient are NaN."""
+    return tl.where((target >= 0) & (target < vocab_size), tl.log(row_sum), float("nan"))
+
+
+@triton.jit
 def empty_state(SIZE: tl.constexpr):
     """The state of SIZE lanes that have seen nothing: STATE_SIZE tensors of [SIZE].
 

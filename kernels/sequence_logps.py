@@ -20,6 +20,7 @@ from bpo_fast.kernels.rows import (
     empty_state,
     final_target_logit,
     load_states,
+    log_of_sum,
     merge,
     read_columns,
     store_state,
@@ -91,7 +92,8 @@ def sequence_logps_kernel(
     reference_sums [sequences]; num_targets [sequences] int64; row_numbers [2, sequences, tokens] (maximum and log s of
     plane 0); statistics [4, sequences, tokens] (of plane 0); parts [planes, rows, SPLITS, STATE_SIZE]; float32.
     arrivals int32, all zero: [planes, sequences] for the sums, then [planes, rows] if a row is split. A target outside
-    the vocabulary reads nothing and gives NaN. What is None is left out: sums, statistics, softcap, temperature.
+    the vocabulary reads nothing and gives NaN, as log-prob and as log s. What is None is left out: sums, statistics,
+    softcap, temperature.
     """
     row = tl.program_id(0).to(tl.int64)
     plane = tl.program_id(1)
@@ -133,7 +135,7 @@ def sequence_logps_kernel(
                 row_state = merge(load_states(parts + place * SPLITS * STATE_SIZE, SPLITS), statistics is not None)
             target_logit = final_target_logit(logits, target, vocab_size, transform)
             row_max = row_state[0]
-            log_sum = tl.log(row_state[1])
+            log_sum = log_of_sum(row_state[1], target, vocab_size)
             logp = target_logit - row_max - log_sum
             if statistics is not None:  # noqa: SIM102 - a constant and a value do not share an `and` in Triton
                 if plane == 0:

@@ -17,6 +17,7 @@ from bpo_fast.kernels.rows import (
     exponential,
     final_logits,
     final_target_logit,
+    log_of_sum,
     read_columns,
     store_statistics,
     tile_columns,
@@ -47,9 +48,9 @@ def unit_gradient_kernel(
 
     What is None is left out. `gradient` is the memory of `logits`, seen as float32 or as a 16-bit type in the first
     half of each row; strides count elements of the pointer's own type. logits float32 [rows, vocabulary]; targets
-    int64 [rows], one outside the vocabulary reads nothing and gives NaN; scale and logps float32 [rows]; statistics
-    float32 [4, rows]. Without targets a row's target logit and its onehot are 0: logps is then minus the log-sum-exp,
-    and gradient its gradient.
+    int64 [rows], one outside the vocabulary reads nothing and gives a row of NaN; scale and logps float32 [rows];
+    statistics float32 [4, rows]. Without targets a row's target logit and its onehot are 0: logps is then minus the
+    log-sum-exp, and gradient its gradient.
     """
     row = tl.program_id(0).to(tl.int64)
     source = logits + row * logits_stride
@@ -70,7 +71,7 @@ def unit_gradient_kernel(
         statistics is not None,
     )
     row_max = row_state[0]
-    log_sum = tl.log(row_state[1])
+    log_sum = tl.log(row_state[1]) if targets is None else log_of_sum(row_state[1], target, vocab_size)
     tl.store(logps + row, target_logit - row_max - log_sum)
     if statistics is not None:
         store_statistics(statistics, row, statistics_stride, row_state, target_logit, vocab_size)

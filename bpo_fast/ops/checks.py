@@ -86,11 +86,9 @@ def check_transform(logit_softcap: float | None, temperature: float):
 def check_target_range(targets: Tensor, vocab_size: int):
     """Raise unless every target is in the vocabulary or -100.
 
-    Looks at the data, so it runs inside the ops, where torch.compile does not trace. Targets on a CUDA device are not
-    looked at: the answer would have to be waited for. The kernels give NaN for such a row.
+    Looks at the data, so it runs inside the ops, where torch.compile does not trace. Not called before a kernel: the
+    answer would have to be waited for, and the kernels give NaN for such a row and its gradient.
     """
-    if targets.is_cuda:
-        return
     wrong = (targets != IGNORE_INDEX) & ((targets < 0) | (targets >= vocab_size))
     if wrong.any():
         raise ValueError(

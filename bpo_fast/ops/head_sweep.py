@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bpo_fast.ops.checks import IGNORE_INDEX, check_target_range
 from bpo_fast.ops.head_products import add_head_gradient_, fill_logits_, times_head
-from bpo_fast.ops.rows import accumulation_dtype
+from bpo_fast.ops.rows import accumulation_dtype, runs_in_triton
 from bpo_fast.ops.unit_gradient import Head, logps_, unit_gradient_
 
 # Float32 logits of a chunk of tokens: on the CPU this many bytes, on a GPU this share of its memory, but at least as
@@ -182,7 +182,7 @@ def linear_token_logps_op(
     Rows in hidden's 16-bit dtype would be rounded twice, here and after the loss has scaled them. Without targets:
     minus the log-sum-exp.
     """
-    if targets is not None:
+    if targets is not None and not runs_in_triton(hidden):
         check_target_range(targets, len(weight))
     kept = _kept(targets, dense)
     tokens = Tokens(hidden, targets, low_rank).at(kept)

@@ -150,7 +150,7 @@ def linear_token_logps(
     Raises:
         TypeError: arguments that are no floating-point tensors, or of different dtypes; targets of no integer dtype.
         ValueError: shapes or devices that do not fit, a cap or a temperature that is not positive, a target outside
-            the vocabulary. On a CUDA device such a target gives NaN.
+            the vocabulary. On a CUDA device such a target gives NaN, and so does its gradient.
 
     Example:
         >>> linear_token_logps(torch.ones(2, 3), torch.zeros(5, 3), torch.tensor([4, -100]))

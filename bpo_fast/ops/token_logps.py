@@ -113,7 +113,8 @@ def _sequence_logps(
     inplace_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`Outputs` of logits and ref_logits [S, T, V] and targets [S, T]. Only the backward pass reads the last flag."""
-    check_target_range(targets, logits.shape[-1])
+    if not runs_in_triton(logits):
+        check_target_range(targets, logits.shape[-1])
     outputs = _sequence_logps_fake(
         logits, ref_logits, targets, softcap, temperature, with_sums, with_statistics, inplace_backward
     )
@@ -342,8 +343,8 @@ def token_logps(
     Raises:
         TypeError: logits that are not floating point, targets that are not int32 or int64.
         ValueError: shapes or devices that do not fit, a cap or a temperature that is not positive, a target outside
-            the vocabulary. On a CUDA device, where checking targets would mean waiting for them, such a target gives
-            NaN.
+            the vocabulary. Where a kernel runs, checking targets would mean waiting for them: on a CUDA device such a
+            target gives NaN, and so does every element of its row's gradient (float64 is checked there too).
 
     Example:
         >>> token_logps(torch.tensor([[0.0, 0.0], [1.0, 2.0]]), torch.tensor([0, -100]))

@@ -43,8 +43,9 @@ class _Merge(torch.autograd.Function):
         sums = torch.stack([(logsumexp - largest).exp(), target_logit * here, here])
         dist.all_reduce(sums, group=group)
         # As in the kernels: maximum and log of the sum are never added.
-        ctx.save_for_backward((logsumexp - largest).exp() / sums[0], here)
-        return torch.where(sums[2] == 1, sums[1] - largest - sums[0].log(), float("nan"))
+        log_sum = torch.where(sums[2] == 1, sums[0].log(), float("nan"))
+        ctx.save_for_backward((logsumexp - largest - log_sum).exp(), here)
+        return sums[1] - largest - log_sum
 
     @staticmethod
     def backward(ctx, grad):
@@ -80,7 +81,8 @@ def vocab_parallel_token_logps(
         is added up over the processes, those of weight_shard and bias_shard are each process's own.
 
     Raises:
-        TypeError, ValueError: as `linear_token_logps`. A target that no process holds gives NaN.
+        TypeError, ValueError: as `linear_token_logps`. A target that no process holds gives NaN, and so does its
+            gradient.
 
     Example:
         ```python

@@ -137,12 +137,18 @@ def test_the_gradient_over_the_logits(dtype):
         assert torch.equal(ours, expected)
 
 
-def test_targets_outside_the_vocabulary_give_nan_and_read_nothing():
-    targets = torch.tensor([4, -1, 2**40, 0], device="cuda")
-    logps = token_logps(torch.zeros(4, 4, device="cuda"), targets)
-    assert logps.isnan().tolist() == [True, True, True, False]
-    hidden, weight = torch.zeros(4, 8, device="cuda"), torch.zeros(4, 8, device="cuda")
-    assert linear_token_logps(hidden, weight, targets).isnan().tolist() == [True, True, True, False]
+def test_targets_outside_the_vocabulary_give_rows_of_nan_and_read_nothing():
+    targets = torch.tensor([4, -1, 2**40, 0, -100], device="cuda")
+    lost = [True, True, True, False, False]
+    logits, hidden = torch.zeros(5, 4, device="cuda"), torch.zeros(5, 8, device="cuda")
+    weight, ones = torch.ones(4, 8, device="cuda"), torch.ones(5, device="cuda")
+    for function, rows in ((token_logps, logits), (lambda h, t: linear_token_logps(h, weight, t), hidden)):
+        logps, (grad,) = gradients(lambda x, function=function: function(x, targets), [rows], ones)
+        assert logps.isnan().tolist() == lost
+        assert grad.isnan().all(1).tolist() == grad.isnan().any(1).tolist() == lost
+    # In float64 PyTorch's own steps run, which would read there: such targets are looked for.
+    with pytest.raises(ValueError, match=r"^targets \(labels\): found 4, expected 0 to 3"):
+        token_logps(logits.double(), targets)
 
 
 @pytest.mark.parametrize("average_logps", [False, True])

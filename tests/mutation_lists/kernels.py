@@ -32,6 +32,20 @@ MUTATIONS = [
         f"{INTERPRETED}::test_linear_token_logps",
     ),
     Mutation(
+        "finite gradient rows of a target outside the vocabulary (Triton)",
+        "kernels/rows.py",
+        'return tl.where((target >= 0) & (target < vocab_size), tl.log(row_sum), float("nan"))',
+        "return tl.log(row_sum)",
+        f"{INTERPRETED}::test_a_target_outside_the_vocabulary_gives_nan_as_log_prob_and_as_gradient",
+    ),
+    Mutation(
+        "finite gradient rows of a target that no process holds",
+        "bpo_fast/ops/vocab_parallel.py",
+        "ctx.save_for_backward((logsumexp - largest - log_sum).exp(), here)",
+        "ctx.save_for_backward((logsumexp - largest - sums[0].log()).exp(), here)",
+        "tests/ops/test_vocab_parallel.py::test_two_shards_are_the_whole_head",
+    ),
+    Mutation(
         "row offsets of 32 bits",
         "kernels/sequence_logps.py",
         "    row = tl.program_id(0).to(tl.int64)\n    plane",

@@ -42,8 +42,10 @@ def _run(rank, store, dtype, with_bias, softcap, temperature, results):
     grads = torch.autograd.grad((logps * upstream.to(logps.dtype)).sum(), leaves)
     # A token that neither process holds, beside one that the second does.
     outside = torch.tensor([VOCAB_SIZE, VOCAB_SIZE - 1])
-    lost = vocab_parallel_token_logps(hidden.detach()[0, :2], leaves[1].detach(), outside, vocab_start=rows.start)
-    results[rank] = [*(x.detach().clone() for x in (logps, *grads)), lost]
+    leaf = hidden.detach()[0, :2].clone().requires_grad_()
+    lost = vocab_parallel_token_logps(leaf, leaves[1].detach(), outside, vocab_start=rows.start)
+    (lost_grad,) = torch.autograd.grad(lost.sum(), leaf)
+    results[rank] = [*(x.detach().clone() for x in (logps, *grads)), lost_grad[:, 0] + lost_grad[:, -1], lost.detach()]
     dist.destroy_process_group()
 
 
@@ -65,7 +67,8 @@ def test_two_shards_are_the_whole_head(dtype, with_bias, softcap, temperature, t
     # Another order of adding up; in bfloat16 also one rounding more, of each process's gradient before they are added.
     exact = 1e-10 if dtype == torch.float64 else 1e-5
     rounded = 2**-6 if dtype == torch.bfloat16 else exact
-    assert first[-1].isnan().tolist() == second[-1].isnan().tolist() == [True, False]
+    for lost in (*first[-2:], *second[-2:]):
+        assert lost.isnan().tolist() == [True, False]
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])
     torch.testing.assert_close(first[0], logps.detach(), rtol=exact, atol=exact)

@@ -41,7 +41,7 @@ VOCAB_SIZES = [1, 5, TILE, TILE + 1, 2 * TILE + 907]
 def processors(monkeypatch):
     """Sends everything but float64 to the kernels; the fixture's value pretends a GPU with that many processors."""
     assert triton.knobs.runtime.interpret
-    for module in (logits_op, head_op, preference):
+    for module in (logits_op, head_op, head_sweep, preference):
         monkeypatch.setattr(module, "runs_in_triton", lambda tensor: tensor.dtype != torch.float64)
     return lambda number: monkeypatch.setattr(logits_op, "num_processors", lambda tensor: number)
 
@@ -291,13 +291,35 @@ def test_unusual_rows():
 
 
 @pytest.mark.parametrize("transform", [{}, {"logit_softcap": 30.0, "temperature": 0.7}], ids=["plain", "transformed"])
-def test_a_target_that_cannot_be_checked_gives_nan_and_reads_nothing(monkeypatch, transform):
-    for module in (logits_op, head_sweep):
-        monkeypatch.setattr(module, "check_target_range", lambda targets, vocab_size: None)
-    targets = torch.tensor([4, -1, 2**40])
-    assert token_logps(torch.zeros(3, 4), targets, **transform).isnan().all()
-    inputs = torch.zeros(3, 8), torch.zeros(4, 8)
-    assert linear_token_logps(*inputs, targets, bias=torch.zeros(4), **transform).isnan().all()
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inplace_backward", [False, True])
+def test_a_target_outside_the_vocabulary_gives_nan_as_log_prob_and_as_gradient(dtype, inplace_backward, transform):
+    # The first column past the vocabulary, one before it, one past 32 bits; a good one and an ignored one beside them.
+    targets = torch.tensor([[4, -1, 2**40], [3, -100, 0]])
+    lost = torch.tensor([[True, True, True], [False, False, False]])
+    logits = torch.zeros(2, 3, 4, dtype=dtype)
+    logits[0, :, 1] = float("-inf")
+    options = {"inplace_backward": inplace_backward, **transform}
+    logps, (grad,) = gradients(lambda x: token_logps(x * 1, targets, **options), [logits], torch.ones(2, 3))
+    assert torch.equal(logps.isnan(), lost)
+    assert torch.equal(grad.isnan(), lost[..., None].expand(grad.shape))
+    assert not grad[1, 1].any()
+    # From sums: the sequence that holds such a target is lost with it, its neighbour's gradient is not.
+    leaf = logits.clone().requires_grad_()
+    sums = logits_op.sequence_logps(leaf, None, targets).logps
+    assert sums.isnan().tolist() == [True, False]
+    (grad,) = torch.autograd.grad(sums.sum(), leaf)
+    assert torch.equal(grad.isnan(), lost[..., None].expand(grad.shape))
+    inputs = [torch.ones(2, 3, 8, dtype=dtype), torch.ones(4, 8, dtype=dtype), torch.zeros(4, dtype=dtype)]
+
+    def linear(hidden, weight, bias):
+        return linear_token_logps(hidden, weight, targets, bias=bias, **transform)
+
+    logps, (grad, *head_grads) = gradients(linear, inputs, torch.ones(2, 3))
+    assert torch.equal(logps.isnan(), lost)
+    assert torch.equal(grad.isnan(), lost[..., None].expand(grad.shape))
+    assert not grad[1, 1].any()
+    assert all(head_grad.isnan().all() for head_grad in head_grads)
 
 
 @pytest.mark.parametrize("splits", [1, 4])
