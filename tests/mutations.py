@@ -29,7 +29,8 @@ def run(mutation, tree):
     results = []
     for source in (text, text.replace(mutation.fixed, mutation.broken)):
         path.write_text(source)
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        # Processes that a test starts import the changed tree, too.
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tree)}
         if mutation.test.startswith(INTERPRETED):
             environment["TRITON_INTERPRET"] = "1"
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", mutation.test]

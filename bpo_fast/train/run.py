@@ -23,6 +23,7 @@ from bpo_fast.runs.interrupts import Interrupted
 from bpo_fast.train.card import public_name, write_card
 from bpo_fast.train.checkpoints import check_checkpoint, last_complete_checkpoint, not_written
 from bpo_fast.train.config import BPOConfig
+from bpo_fast.train.distributed import end_processes
 from bpo_fast.train.settings import deciding_settings, differences
 from bpo_fast.train.stopping import StopOnSignal
 from bpo_fast.train.trainer import BPOTrainer
@@ -106,10 +107,7 @@ def train(
             trainer.add_callback(stop)
             trainer.train_from(checkpoint)
         num_pairs, num_steps = len(trainer.train_dataset), trainer.state.global_step
-        if config.world_size > 1:
-            # Left to the interpreter's end, the group's threads now and then abort the process.
-            trainer.accelerator.wait_for_everyone()
-            trainer.accelerator.end_training()
+        end_processes(trainer)
         if stop.signal is not None and num_steps < trainer.state.max_steps:
             where = f"a checkpoint of step {num_steps:,} is in {folder}; the same command resumes there."
             raise Interrupted(stop.signal, where)
@@ -180,7 +178,7 @@ def _save_adapter(trainer, folder, card):
     parts = folder / ".adapter"
     shutil.rmtree(parts, ignore_errors=True)
     try:
-        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(parts)
+        trainer.model.save_pretrained(parts)
         trainer.processing_class.save_pretrained(parts)
         write_card(parts, **card)
     except (OSError, SafetensorError) as error:

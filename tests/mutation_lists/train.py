@@ -136,4 +136,11 @@ MUTATIONS = [
         "    return None\n",
         "tests/train/test_run.py::test_an_image_that_was_mended_makes_other_pairs",
     ),
+    Mutation(
+        "threads of a group of processes that outlive the interpreter",
+        "bpo_fast/train/distributed.py",
+        "    trainer.model_wrapped = trainer.model\n",
+        "",
+        "tests/train/test_trainer.py::test_two_processes_train_as_one[None]",
+    ),
 ]
