@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bpo_fast.ops.checks import IGNORE_INDEX, check_target_range
 from bpo_fast.ops.head_products import add_head_gradient_, fill_logits_, times_head
+from bpo_fast.ops.precision import precise
 from bpo_fast.ops.rows import accumulation_dtype, runs_in_triton
 from bpo_fast.ops.unit_gradient import Head, logps_, unit_gradient_
 
@@ -163,6 +164,7 @@ def _stacked_sweep(tokens, ref_hidden, head, with_rows, statistics):
 
 
 @torch.library.custom_op("bpo_fast::linear_token_logps", mutates_args=())
+@precise
 def linear_token_logps_op(
     hidden: Tensor,
     ref_hidden: Tensor | None,
@@ -228,6 +230,7 @@ def _linear_token_logps_fake(*arguments):
 
 
 @torch.library.custom_op("bpo_fast::linear_token_logps_head_grad", mutates_args=())
+@precise
 def head_gradient_op(
     grad: Tensor,
     hidden: Tensor,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from bpo_fast.ops.checks import IGNORE_INDEX, check_indices, check_same, check_tensor, check_transform
 from bpo_fast.ops.head_sweep import Arguments, Outputs, linear_token_logps_op
+from bpo_fast.ops.precision import without_autocast
 from bpo_fast.ops.rows import TokenStatistics, accumulation_dtype
 from bpo_fast.ops.token_logps import SequenceLogps
 
@@ -32,13 +33,15 @@ def check_head(hidden_name, hidden, *, weight, bias, lora):
 def _low_rank(rows, lora):
     """Low-rank rows [N, r] and weight [V, r] of the adapter, in the accumulation dtype.
 
-    They are small, and rounded to 16 bits the rows alone would cost the logits more than anything else here does.
+    They are small, and rounded to 16 bits, as autocast would, the rows alone would cost the logits more than anything
+    else here does.
     """
     if lora is None:
         return None, None
     lora_A, lora_B, scaling = lora
     dtype = accumulation_dtype(rows.dtype)
-    return rows.to(dtype) @ lora_A.t().to(dtype) * scaling, lora_B.to(dtype)
+    with without_autocast(rows):
+        return rows.to(dtype) @ lora_A.t().to(dtype) * scaling, lora_B.to(dtype)
 
 
 def _through_head(

@@ -12,7 +12,9 @@ def _sigmoid_preference(
     from bpo_fast.kernels.sigmoid_preference import launch_sigmoid_preference
 
     outputs = _sigmoid_preference_fake(logps, ref_logps, num_tokens, beta, label_smoothing)
-    launch_sigmoid_preference(logps, ref_logps, num_tokens, *outputs, beta=beta, label_smoothing=label_smoothing)
+    options = {"beta": beta, "label_smoothing": label_smoothing}
+    with torch.cuda.device_of(logps):  # Triton launches on the current device
+        launch_sigmoid_preference(logps, ref_logps, num_tokens, *outputs, **options)
     return outputs
 
 

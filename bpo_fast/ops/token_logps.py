@@ -17,6 +17,7 @@ from bpo_fast.ops.checks import (
     check_transform,
     describe,
 )
+from bpo_fast.ops.precision import precise
 from bpo_fast.ops.rows import (
     TokenStatistics,
     accumulation_dtype,
@@ -102,6 +103,7 @@ def _backward_torch(grad, logits, targets, row_numbers, softcap, temperature, gr
 
 
 @torch.library.custom_op("bpo_fast::sequence_logps", mutates_args=())
+@precise
 def _sequence_logps(
     logits: Tensor,
     ref_logits: Tensor | None,
@@ -122,20 +124,21 @@ def _sequence_logps(
     if runs_in_triton(logits) and targets.numel():
         from bpo_fast.kernels.sequence_logps import launch_sequence_logps
 
-        launch_sequence_logps(
-            _unit_stride(logits),
-            None if ref_logits is None else _unit_stride(ref_logits),
-            targets,
-            token_logps=token_logps,
-            row_numbers=row_numbers,
-            policy_sums=policy_sums if with_sums else None,
-            reference_sums=ref_sums if with_sums else None,
-            num_targets=num_tokens if with_sums else None,
-            statistics=statistics if with_statistics else None,
-            softcap=softcap,
-            temperature=temperature,
-            num_processors=num_processors(logits),
-        )
+        with torch.cuda.device_of(logits):  # Triton launches on the current device
+            launch_sequence_logps(
+                _unit_stride(logits),
+                None if ref_logits is None else _unit_stride(ref_logits),
+                targets,
+                token_logps=token_logps,
+                row_numbers=row_numbers,
+                policy_sums=policy_sums if with_sums else None,
+                reference_sums=ref_sums if with_sums else None,
+                num_targets=num_tokens if with_sums else None,
+                statistics=statistics if with_statistics else None,
+                softcap=softcap,
+                temperature=temperature,
+                num_processors=num_processors(logits),
+            )
         return outputs
     for output in outputs:
         output.zero_()
@@ -178,16 +181,17 @@ def _fill_gradient(grad_tokens, grad_sums, logits, targets, row_numbers, softcap
     if runs_in_triton(logits):
         from bpo_fast.kernels.sequence_logps_backward import launch_sequence_logps_backward
 
-        launch_sequence_logps_backward(
-            _unit_stride(logits),
-            targets,
-            row_numbers,
-            grad_logits,
-            grad_token_logps=grad_tokens,
-            grad_sums=grad_sums,
-            softcap=softcap,
-            temperature=temperature,
-        )
+        with torch.cuda.device_of(logits):
+            launch_sequence_logps_backward(
+                _unit_stride(logits),
+                targets,
+                row_numbers,
+                grad_logits,
+                grad_token_logps=grad_tokens,
+                grad_sums=grad_sums,
+                softcap=softcap,
+                temperature=temperature,
+            )
         return
     grad = torch.zeros_like(row_numbers[0])
     if grad_tokens is not None:

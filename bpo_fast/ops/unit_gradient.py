@@ -66,9 +66,11 @@ def unit_gradient_(
 def _launch(logits, gradient, targets, head, scale, logps, statistics):
     from bpo_fast.kernels.unit_gradient import launch_unit_gradient
 
-    launch_unit_gradient(
-        logits, gradient, targets, head.bias, scale, logps, statistics, head.softcap, head.temperature
-    )
+    # Triton launches on the current device.
+    with torch.cuda.device_of(logits):
+        launch_unit_gradient(
+            logits, gradient, targets, head.bias, scale, logps, statistics, head.softcap, head.temperature
+        )
 
 
 def _blocks(logits, targets, head, logps, statistics, with_slope):
