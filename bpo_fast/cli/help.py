@@ -38,6 +38,7 @@ def train_groups(loss_options: list[str]) -> dict[str, dict[str, str | None]]:
             "token_budget": None,
             "disable_dropout": None,
             "gradient_checkpointing": None,
+            "checkpointing": None,
             "bf16": None,
             "use_cpu": "Train on the CPU even where there is a GPU.",
             "seed": "Random seed of the order of pairs, the adapter's first weights and dropout.",

@@ -48,6 +48,8 @@ class BPOConfig(LossOptions, TrainingArguments):
         max_length: most positions of prompt, image and response together; a longer response is cut at its end.
         token_budget: most tokens of one packed sequence. A step whose pairs need more runs several one after the
             other, with the same result in less memory. None runs a step's pairs as one.
+        checkpointing: what of a layer is kept for the backward pass, see `bpo_fast.models.checkpointing`; the result
+            is the same in every mode. None is "full" or "none", as `gradient_checkpointing` says.
         disable_dropout: switch every dropout off, adapter's included; the reference and the policy are then one
             network.
         bf16: by default on where a CUDA device computes in it.
@@ -62,6 +64,13 @@ class BPOConfig(LossOptions, TrainingArguments):
     logging_steps: float = field(default=10, metadata={"help": "Update steps between two logs."})
     gradient_checkpointing: bool = field(
         default=True, metadata={"help": "Recompute activations in the backward pass."}
+    )
+    checkpointing: str | None = field(
+        default=None,
+        metadata={
+            "help": "What layers compute again in the backward pass: none, selective (all but linears), every_N (each "
+            "N-th layer), full, or offload (full, inputs held on the host). By default as gradient_checkpointing says."
+        },
     )
     bf16: bool | None = field(default=None, metadata={"help": "bfloat16 autocast; by default where CUDA has it."})
     max_length: int | None = field(
@@ -109,6 +118,15 @@ class BPOConfig(LossOptions, TrainingArguments):
                 raise ValueError(
                     f"accelerator_config: found {name}=True, expected False: every process packs its own pairs."
                 )
+
+    @property
+    def checkpointing_mode(self) -> str | None:
+        """`checkpointing`, or what `gradient_checkpointing` stands for; None for arguments of transformers' own."""
+        if self.checkpointing is not None:
+            return self.checkpointing
+        if not self.gradient_checkpointing:
+            return "none"
+        return "full" if self.gradient_checkpointing_kwargs in (None, {}, CHECKPOINTING) else None
 
     def loss_config(self) -> LossConfig:
         """The loss options, checked."""

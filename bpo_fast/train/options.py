@@ -211,6 +211,8 @@ def _read_map(config, option):
 def _check_checkpointing(config):
     from torch.utils.checkpoint import checkpoint
 
+    from bpo_fast.models.checkpointing import check_mode
+
     # Two names each: transformers' older one, and the newer, which decides where it is set.
     newer = getattr(config, "activation_checkpointing", None)
     on = config.gradient_checkpointing if newer is None else newer
@@ -223,6 +225,12 @@ def _check_checkpointing(config):
                 raise ValueError(f"{option}: found {name!r}, expected one of {', '.join(sorted(known))}.")
         if given not in ({}, CHECKPOINTING) and not on:
             raise ValueError(f"{option}: found {given} without gradient_checkpointing, expected None; leave it out.")
+        if given not in ({}, CHECKPOINTING) and config.checkpointing is not None:
+            raise ValueError(
+                f"{option}: found {given} with checkpointing {config.checkpointing!r}, expected None; leave one out."
+            )
+    if config.checkpointing is not None:
+        check_mode(config.checkpointing)
 
 
 def _check_accelerator(config):

@@ -47,6 +47,7 @@ HARMLESS = frozenset(
         "dataloader_multiprocessing_context",
         # Memory against time, with the same result.
         "token_budget",
+        "checkpointing",
         "gradient_checkpointing",
         "gradient_checkpointing_kwargs",
         "activation_checkpointing",

@@ -5,7 +5,8 @@ transformers.Trainer.
 """
 
 import shutil
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
 from bpo_fast.losses.preference import Responses, token_preference
+from bpo_fast.models.checkpointing import set_checkpointing
 from bpo_fast.models.load import load_model, load_processor
 from bpo_fast.models.lora import adapter_disabled, check_gradients, with_fresh_adapter
 from bpo_fast.models.packed_forward import enable_packed_forward, image_features, sum_branches
@@ -99,6 +101,8 @@ class BPOTrainer(Trainer):
             for module in model.modules():
                 if isinstance(module, nn.Dropout):
                     module.p = 0.0
+        if args.checkpointing_mode is not None:
+            set_checkpointing(model.get_base_model().get_decoder(), args.checkpointing_mode)
         self.loss_config = args.loss_config()
         self.responses = ("chosen",) if self.loss_config.loss_types == ("sft",) else ("chosen", "rejected")
         evaluated = eval_dataset.items() if isinstance(eval_dataset, dict) else [("eval_dataset", eval_dataset)]
@@ -176,7 +180,8 @@ class BPOTrainer(Trainer):
         difference = check_packed_forward(self.model, self.data_collator, examples)
         if not checkpoint:  # a resumed run's log is that of one that was not stopped
             self._start_difference = difference
-        output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        with _layers_as_they_are(self.args):
+            output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         self._guard.check()
         return output
 
@@ -350,6 +355,20 @@ def _float64(number: torch.Tensor | int, device: torch.device) -> torch.Tensor:
     if isinstance(number, torch.Tensor):
         return number.to(torch.float64)
     return torch.full((), number, dtype=torch.float64, device=device)
+
+
+@contextmanager
+def _layers_as_they_are(args: BPOConfig) -> Iterator[None]:
+    """Keeps transformers from setting its own checkpointing, of vision layers too, over that of the layers."""
+    names = ("gradient_checkpointing", "activation_checkpointing") if args.checkpointing_mode is not None else ()
+    own = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    try:
+        for name in own:
+            setattr(args, name, False)
+        yield
+    finally:
+        for name, value in own.items():
+            setattr(args, name, value)
 
 
 def _check_devices(args: BPOConfig) -> None:

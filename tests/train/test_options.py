@@ -167,6 +167,16 @@ def test_no_number_is_infinite_negative_or_text(name, value):
             {"gradient_checkpointing_kwargs": {"every_n_layers": 2}, "gradient_checkpointing": False},
             "gradient_checkpointing_kwargs: found {'every_n_layers': 2} without gradient_checkpointing, expected",
         ),
+        (
+            {"checkpointing": "half"},
+            "checkpointing: found 'half', expected one of none, selective, every_N, full, offl",
+        ),
+        ({"checkpointing": "every_1"}, "checkpointing: found 'every_1', expected one of none, selective, every_N, f"),
+        ({"checkpointing": "every_N"}, "checkpointing: found 'every_N', expected one of none, selective, every_N, f"),
+        (
+            {"gradient_checkpointing_kwargs": {"every_n_layers": 2}, "checkpointing": "full"},
+            "gradient_checkpointing_kwargs: found {'every_n_layers': 2} with checkpointing 'full', expected None;",
+        ),
         ({"report_to": "nothing"}, "report_to: found 'nothing', expected one of "),
         ({"report_to": ["none", "wandb"]}, "report_to: found 'wandb', expected one of "),
         ({"fp16": True}, "fp16: found True on a CPU, expected False; set bf16 to true, or leave both out."),

@@ -62,6 +62,7 @@ def test_what_changes_the_result_is_named_with_both_values(option, value, shown)
         ("dataloader_num_workers", 2),
         ("token_budget", 4096),
         ("gradient_checkpointing", False),
+        ("checkpointing", "selective"),
         ("eval_strategy", "epoch"),
         ("per_device_eval_batch_size", 1),
     ],

@@ -355,3 +355,28 @@ def test_long_responses_are_cut_at_max_length(tmp_path):
     )
     (sequence,) = next(iter(trainer.get_train_dataloader()))["sequences"]
     assert sequence.packing.prefix_lengths[0] + sequence.packing.branch_lengths[0][0] == 25
+
+
+def test_every_way_of_checkpointing_ends_with_the_same_adapter(tmp_path):
+    def trained(**options):
+        args = {"max_steps": 3, "token_budget": 60} | options
+        trainer = run(tmp_path, model=make_llava(num_hidden_layers=3), **args)
+        return {name: x for name, x in trainer.model.named_parameters() if x.requires_grad}
+
+    expected = trained(gradient_checkpointing=False)
+    for options in ({}, *({"checkpointing": mode} for mode in ("selective", "every_2", "offload"))):
+        found = trained(**options)
+        assert all(torch.equal(found[name], expected[name]) for name in expected), options
+
+
+@pytest.mark.parametrize(
+    ("options", "layers_run"), [({}, 2 + 2), ({"checkpointing": "none"}, 2), ({"checkpointing": "every_2"}, 2 + 1)]
+)
+def test_layers_run_again_as_often_as_was_asked(tmp_path, options, layers_run):
+    model, runs = make_llava(), []
+    for layer in model.model.language_model.layers:
+        layer.self_attn.register_forward_hook(lambda module, *_: runs.append(torch.is_grad_enabled()))
+    run(tmp_path, model=model, loss_type=["sft"], max_steps=1, **options)
+    assert sum(runs) == layers_run
+    # Vision layers run once, without gradients, and are left alone.
+    assert not any(layer.gradient_checkpointing for layer in model.model.vision_tower.encoder.layers)
