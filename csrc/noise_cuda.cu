@@ -133,10 +133,14 @@ void launch(const NoiseArguments& a, int device, cudaStream_t stream) {
   const int64_t z = std::min({a.samples, resident, kLimit});
   const int64_t y = std::min({lines, (resident + z - 1) / z, kLimit});
   const int64_t x = std::min((packs + threads - 1) / threads, (resident + z * y - 1) / (z * y));
-  const dim3 grid(static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z));
-  kernel<<<grid, threads, 0, stream>>>(
-      a, rows, round_keys(static_cast<uint32_t>(a.seed), static_cast<uint32_t>(a.seed >> 32)));
-  check(cudaGetLastError(), "launch of noise_kernel");
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.stream = stream;
+  // A function, not <<<>>>: it returns this launch's own error, not one that an earlier call left behind, and a host
+  // compiler can read it (tests/csrc/cuda_on_host).
+  const RoundKeys keys = round_keys(static_cast<uint32_t>(a.seed), static_cast<uint32_t>(a.seed >> 32));
+  check(cudaLaunchKernelEx(&config, kernel, a, rows, keys), "launch of noise_kernel");
 }
 
 template <typename In>

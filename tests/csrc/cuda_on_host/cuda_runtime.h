@@ -1,0 +1,129 @@
+// Stands before the CUDA toolkit's header of this name, so that a host compiler can build csrc/noise_cuda.cu as it is: a
+// launch runs its kernel on the host, one thread after the other. That is enough for kernels without shared memory,
+// barriers and warp functions. What a GPU would refuse is an error here too: a grid over its limits, and a 16-byte
+// access of memory that is not aligned to it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#define __global__
+#define __host__
+#define __device__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(threads)
+
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorInvalidDevice = 101,
+  cudaErrorNoKernelImageForDevice = 209,
+  cudaErrorMisalignedAddress = 716
+};
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+using cudaStream_t = struct CUstream_st*;
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  void* attrs;
+  unsigned numAttrs;
+};
+
+inline dim3 gridDim, blockDim, blockIdx, threadIdx;
+
+// The GPU that is played: how many devices there are, whether one of them has the kernel in its code, how much of a grid
+// it holds at once, and which blocks of the grid's x are left out (skip_from to skip_to - 1), so that both ends of a
+// sample too large for memory can be looked at. Then what the calls have shown: the current device, the last launch, its
+// accesses that a GPU would have refused.
+struct HostGpu {
+  int64_t devices = 1;
+  int64_t has_kernel = 1;
+  int64_t processors = 1;
+  int64_t blocks_per_processor = 1;
+  int64_t skip_from = 0;
+  int64_t skip_to = 0;
+  int64_t current_device = -1;
+  int64_t stream = 0;
+  int64_t blocks[3] = {};
+  int64_t threads = 0;
+  int64_t misaligned = 0;
+};
+inline HostGpu host_gpu;
+
+// Packed, so that the compiler cannot take the alignment for granted that is to be checked.
+struct __attribute__((packed, may_alias)) uint4 {
+  uint32_t x, y, z, w;
+  uint4& operator=(const uint4& other) {
+    host_gpu.misaligned += (reinterpret_cast<uintptr_t>(this) | reinterpret_cast<uintptr_t>(&other)) % 16 != 0;
+    memcpy(static_cast<void*>(this), &other, sizeof other);
+    return *this;
+  }
+};
+
+inline const char* cudaGetErrorString(cudaError_t status) {
+  switch (status) {
+    case cudaErrorInvalidConfiguration: return "invalid configuration argument";
+    case cudaErrorInvalidDevice: return "invalid device ordinal";
+    case cudaErrorNoKernelImageForDevice: return "no kernel image is available for execution on the device";
+    case cudaErrorMisalignedAddress: return "misaligned address";
+    default: return "no error";
+  }
+}
+
+inline cudaError_t cudaGetDeviceCount(int* count) {
+  *count = static_cast<int>(host_gpu.devices);
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaSetDevice(int device) {
+  if (device < 0 || device >= host_gpu.devices) return cudaErrorInvalidDevice;
+  host_gpu.current_device = device;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = static_cast<int>(host_gpu.processors);
+  return cudaSuccess;
+}
+
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
+  *blocks = static_cast<int>(host_gpu.blocks_per_processor);
+  return cudaSuccess;
+}
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
+  if (!host_gpu.has_kernel) return cudaErrorNoKernelImageForDevice;
+  gridDim = config->gridDim;
+  blockDim = config->blockDim;
+  const auto within = [](unsigned size, unsigned limit) { return size >= 1 && size <= limit; };
+  if (!within(gridDim.x, 0x7FFFFFFF) || !within(gridDim.y, 65535) || !within(gridDim.z, 65535) ||
+      !within(blockDim.x, 1024) || blockDim.y != 1 || blockDim.z != 1) {
+    return cudaErrorInvalidConfiguration;
+  }
+  host_gpu.stream = reinterpret_cast<int64_t>(config->stream);
+  host_gpu.blocks[0] = gridDim.x, host_gpu.blocks[1] = gridDim.y, host_gpu.blocks[2] = gridDim.z;
+  host_gpu.threads = blockDim.x;
+  host_gpu.misaligned = 0;
+  for (blockIdx.z = 0; blockIdx.z < gridDim.z; ++blockIdx.z) {
+    for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y) {
+      for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) {
+        if (blockIdx.x == host_gpu.skip_from && host_gpu.skip_to > host_gpu.skip_from) {
+          blockIdx.x = static_cast<unsigned>(host_gpu.skip_to);
+        }
+        for (threadIdx.x = 0; threadIdx.x < blockDim.x; ++threadIdx.x) kernel(arguments...);
+      }
+    }
+  }
+  return host_gpu.misaligned ? cudaErrorMisalignedAddress : cudaSuccess;
+}
