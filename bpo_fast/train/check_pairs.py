@@ -118,10 +118,8 @@ def check_pairs(
     if checked < total:
         if cache_file is not None:
             Path(cache_file).parent.mkdir(parents=True, exist_ok=True)
-        if num_workers is None:
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            num_workers = min(cores, 16) if total - checked >= _FEW else 0
-        for done, fault in enumerate(_tried(dataset, collator, checked, num_workers, desc), start=checked + 1):
+        tried = each_row(_Tried(dataset, collator), total, checked, num_workers=num_workers, desc=desc)
+        for done, fault in enumerate(tried, start=checked + 1):
             if fault is not None:
                 bad.append(fault)
             if cache_file is not None and (done == total or done % _BETWEEN_WRITES == 0):
@@ -159,22 +157,48 @@ class _Tried:
         return BadPair(number, None if found is None else printable(str(found)), reason)
 
 
-def _tried(dataset, collator, start: int, num_workers: int, desc: str) -> Iterator[BadPair | None]:
-    """What `_Tried` says of each example from `start` on, in order."""
-    total = len(dataset)
+def each_row(
+    function: Any,
+    total: int,
+    start: int = 0,
+    *,
+    num_workers: int | None = None,
+    batch_size: int = 16,
+    desc: str | None = None,
+    progress: bool = True,
+) -> Iterator[Any]:
+    """What `function[number]` gives for each row from `start` on, in order, under a progress bar.
+
+    Args:
+        function: an object with `__getitem__`, which worker processes run.
+        total: rows.
+        start: the first of them.
+        num_workers: processes; by default `workers_for` all rows.
+        batch_size: rows that a process hands over at once.
+        desc: label of the progress bar.
+        progress: show it.
+    """
+    if num_workers is None:
+        num_workers = workers_for(total - start)
     workers = {"num_workers": num_workers, "prefetch_factor": 4} if num_workers else {}
     batches = DataLoader(
-        _Tried(dataset, collator),
-        batch_size=16,
+        function,
+        batch_size=batch_size,
         sampler=range(start, total),
         collate_fn=list,
         generator=torch.Generator(),  # training's own random numbers stay as they are
         **workers,
     )
-    with tqdm(total=total, initial=start, unit="pair", desc=desc) as progress:
-        for tried in batches:
-            yield from tried
-            progress.update(len(tried))
+    with tqdm(total=total, initial=start, unit="pair", desc=desc, disable=not progress) as bar:
+        for values in batches:
+            yield from values
+            bar.update(len(values))
+
+
+def workers_for(num_examples: int) -> int:
+    """Processes that read so many examples: one a core, and none but this for few."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 16) if num_examples >= _FEW else 0
 
 
 def _image_fault(row: dict) -> str | None:
@@ -205,7 +229,7 @@ def _cached(cache_file, known: str | None) -> tuple[int, list[BadPair]]:
 def _fingerprint(dataset, collator: PreferenceCollator) -> str:
     """Fingerprint of the examples and of all that the outcome depends on."""
     options = [collator.image_token_id, collator.max_length, collator.token_budget, list(collator.responses)]
-    settings = [*options, transformers.__version__, len(dataset), _processor_state(collator.processor)]
+    settings = [*options, transformers.__version__, len(dataset), processor_state(collator.processor)]
 
     def values():
         yield settings
@@ -215,7 +239,8 @@ def _fingerprint(dataset, collator: PreferenceCollator) -> str:
     return fingerprint(values())
 
 
-def _processor_state(processor) -> list[str]:
+def processor_state(processor) -> list[str]:
+    """All that a processor's output depends on: its parts' settings, chat templates and vocabulary."""
     tokenizer = processor.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
     words = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())

@@ -16,6 +16,7 @@ from bpo_fast.losses.preference import Batch
 from bpo_fast.models.conversation import shorten
 from bpo_fast.models.packing import Group, Packing, pack, plan_sequences
 from bpo_fast.models.prompt import answer_ids, encode, image_inputs, prompt_ids, render
+from bpo_fast.train.kept import FeatureCache, ReferenceCache
 
 # Options of a chat template that are the renderer's own.
 _RESERVED = ("conversation", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict")
@@ -31,6 +32,8 @@ class PackedSequence:
         image_rows: int64 [M], the positions of its image tokens.
         batch: the whole batch, of which this sequence holds some groups; means are over the batch.
         numbers: rows of its examples in the data set, where the examples say them; for messages.
+        image_features: [M, H] of its images, where a cache keeps them; then there are no `image_inputs`.
+        ref_token_logps: fp32 [N], the reference's log-probs, where a cache keeps them.
     """
 
     packing: Packing
@@ -38,10 +41,15 @@ class PackedSequence:
     image_rows: torch.Tensor
     batch: Batch
     numbers: tuple[int, ...] = ()
+    image_features: torch.Tensor | None = None
+    ref_token_logps: torch.Tensor | None = None
 
     def _map(self, function) -> PackedSequence:
         images = {name: function(tensor) for name, tensor in self.image_inputs.items()}
-        return PackedSequence(function(self.packing), images, function(self.image_rows), self.batch, self.numbers)
+        kept = (None if x is None else function(x) for x in (self.image_features, self.ref_token_logps))
+        return PackedSequence(
+            function(self.packing), images, function(self.image_rows), self.batch, self.numbers, *kept
+        )
 
     def to(self, device, non_blocking: bool = False) -> PackedSequence:
         """The same sequence with its tensors on `device`."""
@@ -67,6 +75,8 @@ class PreferenceCollator:
         max_length: most positions of prompt and response together; a longer response is cut at its end.
         token_budget: most tokens of one packed sequence; None packs the batch in one.
         responses: columns that become a group's branches, in this order.
+        features: what is kept of images, or None. Used for examples that say what they have `shown`; see `Examples`.
+        references: what is kept of the reference, or None; used for the same.
     """
 
     processor: ProcessorMixin
@@ -74,6 +84,8 @@ class PreferenceCollator:
     max_length: int | None = None
     token_budget: int | None = None
     responses: Sequence[str] = ("chosen", "rejected")
+    features: FeatureCache | None = None
+    references: ReferenceCache | None = None
 
     def __call__(self, examples: list[dict]) -> dict[str, list[PackedSequence]]:
         """Collate a batch.
@@ -86,28 +98,47 @@ class PreferenceCollator:
                 conversation cannot be rendered (see `models.prompt.render`), the prompt fills `max_length`, a response
                 has no tokens, or chosen and rejected have the same.
         """
-        images = [_images(example) for example in examples]
-        rendered = [self._render(example, len(shown)) for example, shown in zip(examples, images, strict=True)]
+        shown = [example.get("shown") for example in examples]
+        is_kept = self.features is not None and None not in shown
+        images = [] if is_kept else [example_images(example) for example in examples]
+        counts = [each.count for each in shown] if is_kept else map(len, images)
+        rendered = [self.render(example, count) for example, count in zip(examples, counts, strict=True)]
         prompts = [prompt for prompt, _ in rendered]
-        encoded = encode(self.processor, prompts, images)
-        groups = [
-            Group(ids, self._branches(ids, prompt, answers))
-            for ids, (prompt, answers) in zip(prompt_ids(encoded), rendered, strict=True)
-        ]
+        if is_kept:
+            ids = [self.features.prompt_ids(*each) for each in zip(shown, prompts, strict=True)]
+        else:
+            encoded = encode(self.processor, prompts, images)
+            ids = prompt_ids(encoded)
+        groups = [Group(each, self._branches(each, *texts)) for each, texts in zip(ids, rendered, strict=True)]
         batch = Batch(len(groups), sum(len(group.branches[0]) for group in groups))
         plan = plan_sequences([len(group) for group in groups], self.token_budget)
         sequences = []
         for members in plan:
-            if len(plan) > 1:
-                # Image tensors cannot be parted in general, so each sequence's images are processed by themselves.
-                encoded = encode(self.processor, [prompts[n] for n in members], [images[n] for n in members])
             packing = pack([groups[n] for n in members])
             image_rows = torch.nonzero(packing.input_ids == self.image_token_id).flatten()
             numbers = tuple(examples[n]["number"] for n in members if "number" in examples[n])
-            sequences.append(PackedSequence(packing, image_inputs(encoded), image_rows, batch, numbers))
+            if not is_kept and len(plan) > 1:
+                # Image tensors cannot be parted in general, so each sequence's images are processed by themselves.
+                encoded = encode(self.processor, [prompts[n] for n in members], [images[n] for n in members])
+            inputs = {} if is_kept else image_inputs(encoded)
+            kept = self._kept([(shown[n], *rendered[n]) for n in members])
+            sequences.append(PackedSequence(packing, inputs, image_rows, batch, numbers, *kept))
         return {"sequences": sequences}
 
-    def _render(self, example: dict, num_images: int) -> tuple[str, list[str]]:
+    def _kept(self, members: list[tuple]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """What caches keep of a sequence's examples: image features [M, H], and the reference's log-probs [N]."""
+        features, logps = [], []
+        if any(shown is None for shown, *_ in members):
+            return None, None
+        if self.features is not None:
+            features = [self.features.rows(shown) for shown, *_ in members if shown.count]
+        if self.references is not None:
+            logps = [self.references.token_logps(*each, self.max_length) for each in members]
+        has_logps = bool(logps) and all(each is not None for each in logps)
+        return torch.cat(features) if features else None, torch.cat(logps) if has_logps else None
+
+    def render(self, example: dict, num_images: int) -> tuple[str, list[str]]:
+        """The text of an example's prompt, which shows so many images, and of its responses."""
         for name in ("prompt", *self.responses):
             if example.get(name) is None:
                 raise ValueError(f"example: found no '{name}', expected prompt, {', '.join(self.responses)}.")
@@ -138,7 +169,8 @@ class PreferenceCollator:
         return ids if self.max_length is None else ids[: self.max_length - len(prompt_ids)]
 
 
-def _images(example: dict) -> list[Image.Image]:
+def example_images(example: dict) -> list[Image.Image]:
+    """The images of an example, as the model sees them."""
     if "images" not in example and "image" not in example:
         raise ValueError("example: found no 'images', expected a list of images.")
     images = example["images"] if "images" in example else example["image"]

@@ -54,6 +54,10 @@ class BPOConfig(LossOptions, TrainingArguments):
             network.
         bf16: by default on where a CUDA device computes in it.
         strict: raise for an example that cannot be trained on; by default it is left out and listed in `output_dir`.
+        precompute_ref_log_probs: keep the reference's log-probs of every pair on disk, made before the first step.
+        cache_image_features: keep the vision part's output for every image on disk; no image is then decoded and no
+            vision tower run while training steps.
+        cache_dir: folder of both; runs share it. By default bpo_fast in $XDG_CACHE_HOME, or in ~/.cache.
 
     Raises:
         TypeError, ValueError: an option of the wrong kind, out of its range, without effect, or at odds with another.
@@ -83,6 +87,15 @@ class BPOConfig(LossOptions, TrainingArguments):
     strict: bool = field(
         default=False, metadata={"help": "Stop for a pair that cannot be used instead of leaving it out."}
     )
+    precompute_ref_log_probs: bool = field(
+        default=False, metadata={"help": "Keep the reference's log-probs on disk, made before the first step."}
+    )
+    cache_image_features: bool = field(
+        default=False, metadata={"help": "Keep the vision part's output on disk, made before the first step."}
+    )
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Folder of both; by default bpo_fast in $XDG_CACHE_HOME, or in ~/.cache."}
+    )
     # transformers' filter reads the loss back after every batch and logs one that is not finite as 0.
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Refused: a loss that is not finite stops the run."}
@@ -109,6 +122,11 @@ class BPOConfig(LossOptions, TrainingArguments):
             raise ValueError(
                 f"token_budget: found {self.token_budget} with loss_type {self.loss_type}, expected None; "
                 f"{' and '.join(map(repr, sorted(sorting)))} sort the pairs of a step, which must lie in one sequence."
+            )
+        if self.precompute_ref_log_probs and not self.loss_config().needs_reference:
+            raise ValueError(
+                f"precompute_ref_log_probs: found True with loss_type {self.loss_type}, expected False, since it "
+                "reads no reference; leave it out."
             )
         super().__post_init__()
         if self.fp16 and self.device.type == "cpu":

@@ -148,6 +148,7 @@ def check_options(config: Any) -> None:
     _check_accelerator(config)
     _check_reports(config)
     _check_together(config)
+    _check_caches(config)
 
 
 def _default(item):
@@ -313,6 +314,18 @@ def _check_together(config):
                     f"{name}: found {getattr(config, name)!r} without workers, expected None; set "
                     "dataloader_num_workers."
                 )
+
+
+def _check_caches(config):
+    if config.cache_dir is None:
+        return
+    if not isinstance(config.cache_dir, str | os.PathLike):
+        raise TypeError(f"cache_dir: found {config.cache_dir!r}, expected the path of a folder.")
+    if not (config.precompute_ref_log_probs or config.cache_image_features):
+        raise ValueError(
+            f"cache_dir: found '{config.cache_dir}' and nothing to cache, expected None; set precompute_ref_log_probs "
+            "or cache_image_features."
+        )
 
 
 def _text(value):

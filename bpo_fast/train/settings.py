@@ -48,6 +48,9 @@ HARMLESS = frozenset(
         # Memory against time, with the same result.
         "token_budget",
         "checkpointing",
+        "precompute_ref_log_probs",
+        "cache_image_features",
+        "cache_dir",
         "gradient_checkpointing",
         "gradient_checkpointing_kwargs",
         "activation_checkpointing",

@@ -74,7 +74,7 @@ def check_packed_forward(model: nn.Module, collator: PreferenceCollator, example
     base = base_model(model)
     enable_packed_forward(base)
     collator, examples = replace(collator, token_budget=None), list(examples[:NUM_EXAMPLES])
-    with _evaluated(model):
+    with evaluated(model):
         figure = _check(base, collator, examples)
         if collator.image_token_id is not None and not any(map(_shows_an_image, examples)):
             collator = replace(collator, max_length=None)
@@ -217,7 +217,7 @@ def _failing_in_a_sentence(base: PreTrainedModel, what: str) -> Iterator[None]:
 
 
 @contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
+def evaluated(model: nn.Module) -> Iterator[None]:
     """Without dropout or gradients, and with modes and random state as they were afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     device = base_model(model).device

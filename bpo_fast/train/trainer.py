@@ -25,6 +25,7 @@ from bpo_fast.models.lora import adapter_disabled, check_gradients, with_fresh_a
 from bpo_fast.models.packed_forward import enable_packed_forward, image_features, sum_branches
 from bpo_fast.ops.rows import TokenStatistics
 from bpo_fast.runs.files import write_jsonl
+from bpo_fast.train.caches import use_caches
 from bpo_fast.train.check_pairs import check_columns, check_pairs
 from bpo_fast.train.checkpoints import (
     SEAL_FILE,
@@ -140,7 +141,7 @@ class BPOTrainer(Trainer):
         )
 
     def _set_signature_columns_if_needed(self):
-        self._signature_columns = [*EXAMPLE_COLUMNS, "number"]
+        self._signature_columns = [*EXAMPLE_COLUMNS, "number", "shown"]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> TrainOutput:
         """Train, after every example and the model's packed forward were checked; see `transformers.Trainer.train`.
@@ -175,11 +176,12 @@ class BPOTrainer(Trainer):
                 self._load_from_checkpoint(checkpoint)
                 self.state = state
                 return TrainOutput(state.global_step, 0.0, {})
-        first = range(min(self.args.per_device_train_batch_size, len(self.train_dataset)))
-        examples = [self.train_dataset[number] for number in first]
+        num_examples = min(self.args.per_device_train_batch_size, len(self.train_dataset))
+        examples = list(map(self.train_dataset.whole, range(num_examples)))
         difference = check_packed_forward(self.model, self.data_collator, examples)
         if not checkpoint:  # a resumed run's log is that of one that was not stopped
             self._start_difference = difference
+        use_caches(self, self._kept_reference)
         with _layers_as_they_are(self.args):
             output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         self._guard.check()
@@ -275,7 +277,9 @@ class BPOTrainer(Trainer):
 
     def _model_inputs(self, model, sequence: PackedSequence) -> dict:
         # The frozen vision part runs once for policy and reference, chosen and rejected.
-        features = image_features(model, sequence.image_inputs) if sequence.image_inputs else None
+        features = sequence.image_features
+        if sequence.image_inputs:
+            features = image_features(model, sequence.image_inputs)
         return {"packing": sequence.packing, "image_features": features, "image_rows": sequence.image_rows}
 
     def _sft_loss(self, model, sequence: PackedSequence):
@@ -291,14 +295,21 @@ class BPOTrainer(Trainer):
         (weight,) = self.loss_config.weights
         return -weight * output.token_logps.sum() / sequence.batch.num_chosen_tokens, metrics
 
+    def _reference(self, model, inputs: dict) -> torch.Tensor:
+        with torch.no_grad(), adapter_disabled(self.accelerator.unwrap_model(model)):
+            return model(**inputs).token_logps
+
+    def _kept_reference(self, sequence: PackedSequence) -> torch.Tensor:
+        inputs = self._model_inputs(self.model, sequence.to(self.args.device))
+        with self.accelerator.autocast():  # which the model has only while it trains
+            return self._reference(self.model, inputs)
+
     def _pair_loss(self, model, sequence: PackedSequence):
         packing = sequence.packing
-        unwrapped = self.accelerator.unwrap_model(model)
-        inputs = self._model_inputs(unwrapped, sequence)
-        ref_token_logps = None
-        if self.loss_config.needs_reference:
-            with torch.no_grad(), adapter_disabled(unwrapped):
-                ref_token_logps = model(**inputs).token_logps
+        inputs = self._model_inputs(self.accelerator.unwrap_model(model), sequence)
+        ref_token_logps = sequence.ref_token_logps
+        if ref_token_logps is None and self.loss_config.needs_reference:
+            ref_token_logps = self._reference(model, inputs)
         policy = model(**inputs, with_statistics=True)
         responses = Responses(
             sums=lambda values: _chosen_first(sum_branches(values, packing)),
