@@ -183,7 +183,7 @@ def test_under_autocast_all_of_attention_is_in_its_dtype(monkeypatch):
     assert [grad.dtype for grad in grads] == [torch.float32, torch.float32, torch.bfloat16]
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("FlashAttention")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU for variable-length FlashAttention")
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_flash_equals_sdpa_on_a_gpu(kv_heads):
