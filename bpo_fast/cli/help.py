@@ -2,11 +2,22 @@
 
 from dataclasses import fields
 
-from bpo_fast.cli.options import TrainArguments
+from bpo_fast.cli.options import PlanArguments, TrainArguments
 
 _OWN = [item.name for item in fields(TrainArguments)]
 _ADAPTER = [name for name in _OWN if name.startswith("lora_")]
 _EVALUATION = [name for name in _OWN if name.startswith("eval_")]
+
+_PLANNED = [item.name for item in fields(PlanArguments) if item.name not in _OWN]
+PLAN_GROUPS = {
+    "plan": dict.fromkeys(["help", "help_all", "config", *_PLANNED]),
+    "training": {
+        **dict.fromkeys(["quantization", "dtype", "lora_r", "token_budget", "checkpointing"]),
+        **dict.fromkeys(["precompute_ref_log_probs", "cache_image_features"]),
+        "optim": "Optimizer: adamw_bnb_8bit, adamw_torch_fused, ...",
+        "gradient_accumulation_steps": "Batches in an update step.",
+    },
+}
 
 
 def train_groups(loss_options: list[str]) -> dict[str, dict[str, str | None]]:

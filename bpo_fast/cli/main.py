@@ -22,6 +22,9 @@ _REMEDIES = {
     errno.ENAMETOOLONG: "choose a shorter name",
 }
 
+# What `plan` reads where it is given no recipe: the paper's settings on one card.
+PLANNED_RECIPE = "llava15-13b-a40"
+
 
 @interruptible()
 @quiet()
@@ -68,21 +71,13 @@ def train(argv: Sequence[str]) -> None:
         groups=train_groups(LOSS_OPTIONS),
         hidden=REFUSED,
     )
-    from peft import LoraConfig
-
     from bpo_fast.train.run import train as train_adapter
 
     trained = train_adapter(
         config,
         arguments.model_name_or_path,
         arguments.dataset,
-        LoraConfig(
-            r=arguments.lora_r,
-            lora_alpha=arguments.lora_alpha,
-            lora_dropout=arguments.lora_dropout,
-            target_modules=arguments.target_modules,
-            task_type="CAUSAL_LM",
-        ),
+        _lora(arguments),
         image_folder=arguments.image_folder,
         eval_dataset=arguments.eval_dataset,
         eval_fraction=arguments.eval_fraction,
@@ -124,12 +119,63 @@ def evaluate(argv: Sequence[str]) -> None:
     )
 
 
+def _lora(arguments):
+    """The adapter that the options of a training ask for."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=arguments.lora_r,
+        lora_alpha=arguments.lora_alpha,
+        lora_dropout=arguments.lora_dropout,
+        target_modules=arguments.target_modules,
+        task_type="CAUSAL_LM",
+    )
+
+
 def _next(*command: str) -> str:
     return f"Next: {shlex.join(['bpo-fast', *command])}"
 
 
 def _without(options: dict, *names: str) -> dict:
     return {name: value for name, value in options.items() if name not in names}
+
+
+@quiet()
+def plan(argv: Sequence[str]) -> None:
+    """Say what a training will hold on a card and how long it will take: without a GPU, weights or network."""
+    from bpo_fast.cli.help import PLAN_GROUPS
+    from bpo_fast.cli.options import PlanArguments
+    from bpo_fast.cli.recipe import parse_arguments
+    from bpo_fast.train.config import BPOConfig
+    from bpo_fast.train.options import REFUSED
+
+    if not any(option.partition("=")[0] == "--config" for option in argv):
+        argv = ["--config", PLANNED_RECIPE, *argv]
+    arguments, config = parse_arguments(
+        [PlanArguments, BPOConfig],
+        # Counted on fake tensors that say they are on the CPU, in the precision of a training on a GPU.
+        ["--bf16", "true", *argv, "--use_cpu", "true"],
+        command="plan",
+        section="train",
+        description=plan.__doc__,
+        groups=PLAN_GROUPS,
+        hidden=REFUSED,
+    )
+    from bpo_fast.plan.cards import card_here, find_card
+    from bpo_fast.plan.lengths import PAPER_MIX
+    from bpo_fast.plan.report import as_json, as_text
+    from bpo_fast.plan.run import Planned
+    from bpo_fast.plan.run import plan as make_plan
+    from bpo_fast.plan.shapes import find_config
+
+    config.per_device_train_batch_size = arguments.pairs or config.per_device_train_batch_size
+    name = arguments.model or arguments.model_name_or_path
+    card = find_card(arguments.gpu) if arguments.gpu else card_here()
+    load = arguments.load_options()
+    weights = (load["dtype"], load["quantization"])
+    planned = Planned(name, find_config(name), config, _lora(arguments), *weights, PAPER_MIX)
+    found = make_plan(planned, card)
+    print(json.dumps(as_json(planned, found), indent=2) if arguments.json else as_text(planned, found))
 
 
 @quiet()
@@ -178,7 +224,7 @@ def doctor(argv: Sequence[str]) -> int:
     return run()
 
 
-COMMANDS = {command.__name__: command for command in (bootstrap, train, evaluate, merge, demo, doctor)}
+COMMANDS = {command.__name__: command for command in (bootstrap, plan, train, evaluate, merge, demo, doctor)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

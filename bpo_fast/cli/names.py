@@ -4,3 +4,9 @@ NOISE_TARGETS = ("features", "pixels", "projected")  # bpo_fast.models.weaken.TA
 SCHEDULES = ("sigmoid", "linear", "cosine")  # bpo_fast.models.weaken.SCHEDULES
 # bpo_fast.models.lora.LORA_TARGET_MODULES
 LORA_TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PRESETS = ("llava-1.5-7b", "llava-1.5-13b")  # bpo_fast.plan.shapes.PRESETS
+# bpo_fast.plan.cards.CARDS
+CARDS = (
+    *("a40", "a6000", "a100-40", "a100-80", "l4", "l40s", "rtx6000-ada", "h100", "h200", "b200"),
+    *("rtx3090", "rtx4080", "rtx4090", "rtx5090"),
+)

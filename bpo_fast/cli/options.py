@@ -8,7 +8,7 @@ from dataclasses import MISSING, dataclass, field
 from importlib import resources
 from typing import Any, ClassVar
 
-from bpo_fast.cli.names import LORA_TARGET_MODULES, NOISE_TARGETS, SCHEDULES
+from bpo_fast.cli.names import CARDS, LORA_TARGET_MODULES, NOISE_TARGETS, PRESETS, SCHEDULES
 from bpo_fast.evaluate.run import SCORERS
 from bpo_fast.runs.numbers import COUNT, POSITIVE, SEED, SHARE, Range, check_numbers
 
@@ -177,6 +177,27 @@ class TrainArguments(SharedArguments):
                 f"{name}: found {value!r} without pairs to evaluate on, expected some; give eval_dataset or "
                 "eval_fraction."
             )
+
+
+@dataclass(kw_only=True)
+class PlanArguments(TrainArguments):
+    """Options of `bpo-fast plan` beside those of `BPOConfig`: those of the training, whose data set is not read."""
+
+    NUMBERS: ClassVar[dict[str, Range]] = TrainArguments.NUMBERS | {"pairs": COUNT}
+
+    model_name_or_path: str = _option("Model of the recipe.", default="")
+    dataset: str = _option("Of the recipe; not read.", default="")
+    model: str | None = _option(
+        f"{', '.join(PRESETS)}, or a model's folder or config.json; by default the recipe's model.", default=None
+    )
+    gpu: str | None = _option(f"Card: {', '.join(CARDS)}. By default the one that is here.", default=None)
+    pairs: int | None = _option("Pairs in a batch; by default the recipe's per_device_train_batch_size.", default=None)
+    json: bool = _option("Print JSON.", default=False)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not (self.model or self.model_name_or_path):
+            raise ValueError("model: found none, expected one; give --model, or a recipe that names it.")
 
 
 @dataclass(kw_only=True)

@@ -38,6 +38,7 @@ def parse_arguments(
     argv: Sequence[str],
     *,
     command: str,
+    section: str | None = None,
     description: str | None = None,
     groups: Mapping[str, Mapping[str, str | None]] | None = None,
     hidden: Collection[str] = (),
@@ -48,7 +49,8 @@ def parse_arguments(
         argument_classes: dataclasses that name the options, as `transformers.HfArgumentParser` takes them.
         argv: the command line after the command; `--config` names a recipe, by path or as one of those that come with
             the package.
-        command: name of the command, which is the recipe's section.
+        command: name of the command.
+        section: of the recipe, where it is another command's.
         description: what the command does, for its help.
         groups, hidden: of a long help, see `Parser.group`; by default it shows every option.
 
@@ -94,7 +96,7 @@ def parse_arguments(
     for name in nulls:
         _check_name(f"--{name}", name, hints, command)
         _check_null(f"--{name}", hints[name])
-    values = _read_recipe(config, command, hints, parser) if config else {}
+    values = _read_recipe(config, section or command, hints, parser) if config else {}
     for action in parser._actions:
         # What stands in the recipe may be missing on the command line.
         action.required = action.required and action.dest not in values

@@ -291,7 +291,10 @@ def _adds_zero(module: nn.Module, adapter: str) -> bool:
     if isinstance(module, ModulesToSaveWrapper):
         saved, original = module.modules_to_save[adapter].state_dict(), module.original_module.state_dict()
         return all(torch.equal(saved[name], original[name]) for name in original)
-    return isinstance(module, LoraLayer) and not module.lora_B[adapter].weight.any()
+    if not isinstance(module, LoraLayer):
+        return False
+    weight = module.lora_B[adapter].weight
+    return weight.is_meta or not weight.any()  # a model that is only planned holds no numbers
 
 
 def _path_of(decoder: nn.Module, model: nn.Module) -> str:

@@ -197,7 +197,8 @@ def test_missing_options_and_recipes():
         bootstrap()
     with pytest.raises(
         FileNotFoundError,
-        match=r"^--config: found no file 'none', expected a file or one of llava-1\.5-13b, llava-1\.5-7b, tiny\.$",
+        match=r"^--config: found no file 'none', expected a file or one of llava-1\.5-13b, llava-1\.5-7b, "
+        r"llava15-13b-a40, tiny\.$",
     ):
         bootstrap("--config", "none")
 
