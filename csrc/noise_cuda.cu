@@ -11,92 +11,145 @@ namespace bpo {
 namespace {
 
 constexpr int kMaxThreads = 256;
+constexpr int kWarp = 32;
 
-// A thread's share of one type, moved 16 bytes at a time.
-template <typename Word, int kSize>
-struct alignas(16) Pack {
-  static constexpr int kVectors = kSize * static_cast<int>(sizeof(Word)) / 16;
+// What a thread moves at once: 16 bytes of the narrower type. 4 elements where both types are fp32, else 8, of which an
+// fp32 side has 32 bytes.
+template <typename In, typename Out>
+constexpr int kVectorSize = sizeof(typename In::Word) == 4 && sizeof(typename Out::Word) == 4 ? 4 : 8;
+
+// Vectors of a thread: 16 elements, unless they are moved one by one.
+template <typename In, typename Out, bool kAligned>
+constexpr int kVectors = kAligned ? 16 / kVectorSize<In, Out> : 1;
+
+template <typename Type, int kSize>
+struct alignas(16) Vector {
+  using Word = typename Type::Word;
+  static constexpr int kAccesses = kSize * static_cast<int>(sizeof(Word)) / 16;
   Word words[kSize];
 
   __device__ __forceinline__ void load(const Word* from) {
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) reinterpret_cast<uint4*>(words)[v] = reinterpret_cast<const uint4*>(from)[v];
+    for (int i = 0; i < kAccesses; ++i) reinterpret_cast<uint4*>(words)[i] = reinterpret_cast<const uint4*>(from)[i];
   }
   __device__ __forceinline__ void store(Word* to) const {
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) reinterpret_cast<uint4*>(to)[v] = reinterpret_cast<const uint4*>(words)[v];
+    for (int i = 0; i < kAccesses; ++i) reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(words)[i];
+  }
+  __device__ __forceinline__ float value(int i) const {
+    if constexpr (sizeof(Word) == 4) {
+      return Type::load(words[i]);
+    } else {
+      return Type::load(reinterpret_cast<const uint32_t*>(words)[i / 2], i % 2 != 0);
+    }
   }
 };
 
-// 16 bytes of the narrower type: 4 elements where both are fp32, else 8, of which the fp32 side has 32 bytes.
-template <typename In, typename Out>
-constexpr int kPackSize = sizeof(typename In::Word) == 4 && sizeof(typename Out::Word) == 4 ? 4 : 8;
+struct Scales {
+  float signal, noise;
+};
 
-// A grid of (packs of a line, lines of a sample, samples), each dimension with a stride, so that nothing is divided.
+// The scales of a step. With those of no step, and with an eps of +0, `mix` gives x as it is, a zero of either sign
+// included.
+__device__ __forceinline__ Scales scales_of(const NoiseArguments& a, int64_t step) {
+  return step < 0 ? Scales{1.0f, -0.0f} : Scales{a.scales[2 * step], a.scales[2 * step + 1]};
+}
+
+// A grid of (vectors of a line, lines of a sample, samples), each dimension with a stride, so that nothing is divided.
 // Aligned: a line is what goes to one output row, kSize divides it, and every address is a multiple of 16 bytes.
-// Otherwise: a line is the whole sample, its last pack may be short, and elements are moved one by one.
-// `rows` is a.n / a.width, the output rows of a sample.
+// Otherwise: a line is the whole sample, its last vector may be short, and elements are moved one by one.
+// `rows` is a.n / a.width, the output rows of a sample. The vectors of a thread lie a warp apart, so that each access of
+// a warp is one run of memory.
 template <typename In, typename Out, bool kAligned>
 __global__ void __launch_bounds__(kMaxThreads) noise_kernel(const NoiseArguments a, int64_t rows,
                                                             const RoundKeys keys) {
-  constexpr int kSize = kPackSize<In, Out>;
-  using InWord = typename In::Word;
+  constexpr int kSize = kVectorSize<In, Out>, kCount = kVectors<In, Out, kAligned>;
   using OutWord = typename Out::Word;
+  // Elements whose blocks have the high word of their number in common: what hangs on it is made once for them, and the
+  // number of a vector among them fits in 32 bits.
+  constexpr int64_t kPiece = int64_t(kSize) << 31;
+  const auto at_most_a_piece = [](uint64_t vectors) {
+    return static_cast<uint32_t>(vectors < kPiece / kSize ? vectors : kPiece / kSize);
+  };
+  const uint32_t lane = threadIdx.x % kWarp;
+  const uint64_t warp = static_cast<uint64_t>(blockIdx.x) * blockDim.x + threadIdx.x - lane;  // its first thread
+  const uint32_t first = at_most_a_piece(warp * kCount + lane);
+  const uint32_t hop = at_most_a_piece(static_cast<uint64_t>(gridDim.x) * blockDim.x * kCount);
   const int64_t lines = kAligned ? rows : 1;
   const int64_t line_size = kAligned ? a.width : a.n;
-  const int64_t hop = static_cast<int64_t>(gridDim.x) * blockDim.x * kSize;
   for (int64_t sample = blockIdx.z; sample < a.samples; sample += gridDim.z) {
     const uint64_t id = a.id(sample);
     const bool noisy = a.ladder || a.step(sample, 0) >= 0;
-    const InWord* x = static_cast<const InWord*>(a.x) + a.x_offset(sample);
-    for (int64_t line = blockIdx.y; line < lines; line += gridDim.y) {
-      const int64_t row = sample * rows + line;
-      OutWord* out_line = static_cast<OutWord*>(a.out) + (kAligned ? a.row_offset(row) : 0);
-      for (int64_t column = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * kSize; column < line_size;
-           column += hop) {
-        const int64_t begin = line * line_size + column;  // in the sample
-        Pack<InWord, kSize> read;
-        if constexpr (kAligned) {
-          read.load(x + begin);
-        } else {
+    const Scales first_scales = scales_of(a, a.step(sample, 0));
+    const auto* const x = static_cast<const typename In::Word*>(a.x) + a.x_offset(sample);
+    for (int64_t line = blockIdx.y * blockDim.y + threadIdx.y; line < lines; line += gridDim.y * blockDim.y) {
+      const int64_t line_begin = line * line_size, line_end = line_begin + line_size;  // in the sample
+      auto* const out = static_cast<OutWord*>(a.out) + (kAligned ? a.row_offset(sample * rows + line) - line_begin : 0);
+      for (int64_t begin = line_begin, end; begin < line_end; begin = end) {
+        end = begin / kPiece * kPiece + kPiece;
+        end = end < line_end ? end : line_end;
+        const auto vectors = static_cast<uint32_t>((end - begin + kSize - 1) / kSize);
+        const uint64_t first_block = static_cast<uint64_t>(begin) / 4;
+        const PhiloxBlocks blocks(static_cast<uint32_t>(first_block >> 32), id, keys);
+        int64_t element = begin + static_cast<int64_t>(first) * kSize;
+        const typename In::Word* from = x + element;
+        OutWord* to = out + element;
+        for (uint32_t index = first; index < vectors; index += hop) {
+          Vector<In, kSize> read[kCount];
 #pragma unroll
-          for (int j = 0; j < kSize; ++j) read.words[j] = begin + j < a.n ? x[begin + j] : InWord(0);
-        }
-        float eps[kSize] = {};
-#pragma unroll
-        for (int j = 0; j < kSize && noisy; j += 4) {
-          const uint64_t block = static_cast<uint64_t>(begin + j) / 4;
-          uint32_t words[4] = {static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32),
-                               static_cast<uint32_t>(id), static_cast<uint32_t>(id >> 32)};
-          philox4x32_10(words, keys);
-          normal_pair(words[0], words[1], eps[j], eps[j + 1]);
-          normal_pair(words[2], words[3], eps[j + 2], eps[j + 3]);
-        }
-#pragma unroll 1
-        for (int64_t level = 0; level < a.levels; ++level) {
-          const int64_t step = a.step(sample, level);
-          const float scale = step < 0 ? 1.0f : a.scales[2 * step];
-          const float noise_scale = step < 0 ? 0.0f : a.scales[2 * step + 1];
-          Pack<OutWord, kSize> made;
-#pragma unroll
-          for (int j = 0; j < kSize; ++j) {
-            const float value = In::load(read.words[j]);
-            made.words[j] = Out::store(step < 0 ? value : mix(value, eps[j], scale, noise_scale));
+          for (int v = 0; v < kCount; ++v) {
+            if constexpr (kAligned) {
+              if (index + v * kWarp < vectors) read[v].load(from + v * kWarp * kSize);
+            } else {
+              for (int j = 0; j < kSize; ++j) read[v].words[j] = element + j < end ? x[element + j] : 0;
+            }
           }
-          OutWord* out = out_line + level * a.level_stride;
-          if constexpr (kAligned) {
-            made.store(out + column);
-          } else {
-            int64_t at_row = begin / a.width, at_column = begin - at_row * a.width;
 #pragma unroll
-            for (int j = 0; j < kSize; ++j) {
-              if (begin + j < a.n) out[a.row_offset(sample * rows + at_row) + at_column] = made.words[j];
-              if (++at_column == a.width) {
-                at_column = 0;
-                ++at_row;
+          for (int v = 0; v < kCount; ++v) {
+            if (index + v * kWarp >= vectors) break;
+            float eps[kSize];
+#pragma unroll
+            for (int j = 0; j < kSize; ++j) eps[j] = 0.0f;
+            if (noisy) {
+#pragma unroll
+              for (int j = 0; j < kSize; j += 4) {
+                uint32_t words[4];
+                blocks.block(static_cast<uint32_t>(first_block) + (index + v * kWarp) * (kSize / 4) + j / 4, words);
+                normal_pair(words[0], words[1], eps[j], eps[j + 1]);
+                normal_pair(words[2], words[3], eps[j + 2], eps[j + 3]);
+              }
+            }
+            const auto write = [&](const Scales scales, int64_t level) {
+              Vector<Out, kSize> made;
+#pragma unroll
+              for (int j = 0; j < kSize; ++j) {
+                made.words[j] = Out::store(mix(read[v].value(j), eps[j], scales.signal, scales.noise));
+              }
+              if constexpr (kAligned) {
+                made.store(to + level + v * kWarp * kSize);
+              } else {
+                int64_t row = element / a.width, column = element - row * a.width;
+#pragma unroll
+                for (int j = 0; j < kSize; ++j) {
+                  if (element + j < end) out[level + a.row_offset(sample * rows + row) + column] = made.words[j];
+                  if (++column == a.width) {
+                    column = 0;
+                    ++row;
+                  }
+                }
+              }
+            };
+            write(first_scales, 0);
+            if (a.ladder) {
+#pragma unroll 1
+              for (int64_t level = 1; level < a.levels; ++level) {
+                write(scales_of(a, a.steps[level]), level * a.level_stride);
               }
             }
           }
+          element += static_cast<int64_t>(hop) * kSize;
+          from += static_cast<int64_t>(hop) * kSize;
+          to += static_cast<int64_t>(hop) * kSize;
         }
       }
     }
@@ -113,29 +166,33 @@ void check(cudaError_t status, const std::string& call) {
 
 template <typename In, typename Out>
 void launch(const NoiseArguments& a, int device, cudaStream_t stream) {
-  constexpr int64_t kSize = kPackSize<In, Out>;
+  constexpr int64_t kSize = kVectorSize<In, Out>;
   const auto aligned_base = [](const void* base) { return reinterpret_cast<uintptr_t>(base) % 16 == 0; };
   // kSize elements are a multiple of 16 bytes of either type.
   const bool aligned = aligned_base(a.x) && aligned_base(a.out) && a.width % kSize == 0 && a.x_stride % kSize == 0 &&
                        a.out_stride % kSize == 0 && a.level_stride % kSize == 0;
   const auto kernel = aligned ? noise_kernel<In, Out, true> : noise_kernel<In, Out, false>;
+  const auto parts = [](int64_t whole, int64_t part) { return (whole + part - 1) / part; };
   const int64_t rows = a.n / a.width, lines = aligned ? rows : 1;
-  const int64_t packs = ((aligned ? a.width : a.n) + kSize - 1) / kSize;
+  const int64_t shares = parts(aligned ? a.width : a.n,  // of a line, one a thread
+                               kSize * (aligned ? kVectors<In, Out, true> : kVectors<In, Out, false>));
 
-  // Warps enough for a line, and blocks enough to fill the GPU but no more: the rest is the strides' work.
-  const int threads = static_cast<int>(std::min<int64_t>(kMaxThreads, (packs + 31) / 32 * 32));
+  // Warps enough for a line, lines enough for a block, and blocks enough to fill the GPU but no more: the rest is the
+  // strides' work.
+  const int64_t wide = std::min<int64_t>(kMaxThreads, parts(shares, kWarp) * kWarp);
+  const int64_t high = std::min(lines, kMaxThreads / wide);
   int processors = 0, blocks_per_processor = 0;
   check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_processor, kernel, threads, 0),
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_processor, kernel, static_cast<int>(wide * high), 0),
         "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
   const int64_t resident = static_cast<int64_t>(processors) * std::max(blocks_per_processor, 1);
   constexpr int64_t kLimit = 65535;  // of the grid's y and z
   const int64_t z = std::min({a.samples, resident, kLimit});
-  const int64_t y = std::min({lines, (resident + z - 1) / z, kLimit});
-  const int64_t x = std::min((packs + threads - 1) / threads, (resident + z * y - 1) / (z * y));
+  const int64_t y = std::min({parts(lines, high), parts(resident, z), kLimit});
+  const int64_t x = std::min(parts(shares, wide), parts(resident, z * y));
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.blockDim = dim3(static_cast<unsigned>(wide), static_cast<unsigned>(high));
   config.stream = stream;
   // A function, not <<<>>>: it returns this launch's own error, not one that an earlier call left behind, and a host
   // compiler can read it (tests/csrc/cuda_on_host).

@@ -43,21 +43,67 @@ BPO_INLINE float fma_rn(float a, float b, float c) {
 #endif
 }
 
+// The correctly rounded square root of a in [2^-100, 2^100] from y, an approximation of 1 / sqrt(a): the five
+// instructions, MUFU.RSQ included, that nvcc makes of __fsqrt_rn for such an a. (All a were tried with all y: it is
+// right for any y within 2^-23.3 of 1 / sqrt(a), and within rsqrt.approx.ftz.f32's stated 2^-22.9 for all but two a in
+// [1, 4), where it is as right as nvcc's.)
+BPO_INLINE float refined_root(float a, float y) {
+  const float root = a * y;
+  return fma_rn(fma_rn(-root, root, a), 0.5f * y, root);
+}
+
+// The square root of a, which is -0 or in [2^-100, 2^100]: on a GPU without the range check and the slow path that
+// __fsqrt_rn has. -0 needs no more than a y that is finite.
 BPO_INLINE float sqrt_rn(float a) {
 #if defined(__CUDA_ARCH__)
-  return __fsqrt_rn(a);
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(fmaxf(a, 0x1p-100f)));
+  return refined_root(a, y);
 #else
   return __builtin_sqrtf(a);
 #endif
 }
 
-// condition ? a : b without a branch: gcc does not vectorise a loop in which it has turned a conditional into one.
+// condition ? a : b; on a CPU without a branch: gcc does not vectorise a loop in which it has turned a conditional into
+// one.
 BPO_INLINE uint32_t select(bool condition, uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  return condition ? a : b;
+#else
   return b ^ ((a ^ b) & (0u - static_cast<uint32_t>(condition)));
+#endif
 }
 
-// An integer test: a floating-point comparison may trap, which also keeps gcc from vectorising.
-BPO_INLINE bool is_nan(float value) { return (float_bits(value) & 0x7FFFFFFFu) > 0x7F800000u; }
+// Exchanges a and b if bit 30 of the word is set. In PTX on a GPU: of the test in C++ the compiler makes three
+// instructions.
+BPO_INLINE void exchange_where_bit_30(uint32_t word, uint32_t& a, uint32_t& b) {
+  const uint32_t old_a = a, old_b = b;
+#if defined(__CUDA_ARCH__)
+  asm("{\n\t"
+      ".reg .pred set;\n\t"
+      ".reg .b32 bit;\n\t"
+      "and.b32 bit, %4, 0x40000000;\n\t"
+      "setp.ne.b32 set, bit, 0;\n\t"
+      "selp.b32 %0, %3, %2, set;\n\t"
+      "selp.b32 %1, %2, %3, set;\n\t"
+      "}"
+      : "=r"(a), "=r"(b)
+      : "r"(old_a), "r"(old_b), "r"(word));
+#else
+  const bool set = (word & 0x40000000u) != 0;
+  a = select(set, old_b, old_a);
+  b = select(set, old_a, old_b);
+#endif
+}
+
+// On a CPU an integer test: a floating-point comparison may trap, which also keeps gcc from vectorising.
+BPO_INLINE bool is_nan(float value) {
+#if defined(__CUDA_ARCH__)
+  return value != value;
+#else
+  return (float_bits(value) & 0x7FFFFFFFu) > 0x7F800000u;
+#endif
+}
 
 // The two key words of each of Philox's ten rounds. They depend on the seed alone: a GPU reads them from the launch's
 // constants, as operands, where adding them up would cost each thread 20 instructions a block.
@@ -74,13 +120,14 @@ BPO_INLINE RoundKeys round_keys(uint32_t key0, uint32_t key1) {
   return keys;
 }
 
-// Philox4x32-10 (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011): counter[4] -> 4 random words.
-BPO_INLINE void philox4x32_10(uint32_t words[4], const RoundKeys& keys) {
+// Rounds `first` to 9 of Philox4x32-10 (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011).
+template <int first>
+BPO_INLINE void philox_rounds(uint32_t words[4], const RoundKeys& keys) {
   uint32_t c0 = words[0], c1 = words[1], c2 = words[2], c3 = words[3];
 #if defined(__CUDA_ARCH__)
 #pragma unroll
 #endif
-  for (int round = 0; round < 10; ++round) {
+  for (int round = first; round < 10; ++round) {
     const uint64_t product0 = static_cast<uint64_t>(c0) * 0xD2511F53u;
     const uint64_t product1 = static_cast<uint64_t>(c2) * 0xCD9E8D57u;
     c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ keys.words[2 * round];
@@ -94,12 +141,47 @@ BPO_INLINE void philox4x32_10(uint32_t words[4], const RoundKeys& keys) {
   words[3] = c3;
 }
 
-// -2 ln(u) for u in [2^-33, 1]. u = m * 2^k with m in [2/3, 4/3); log1p(m - 1) is a minimax polynomial whose own
-// relative error is below 2^-24.
+// counter[4] -> 4 random words.
+BPO_INLINE void philox4x32_10(uint32_t words[4], const RoundKeys& keys) { philox_rounds<0>(words, keys); }
+
+// The blocks of a stream whose counters differ in their first word alone: of the first two rounds, half is the same for
+// all of them and made once.
+class PhiloxBlocks {
+ public:
+  BPO_INLINE PhiloxBlocks(uint32_t counter1, uint64_t id, const RoundKeys& keys) : keys_(keys) {
+    const uint64_t product1 = static_cast<uint64_t>(static_cast<uint32_t>(id)) * 0xCD9E8D57u;
+    const uint32_t c0 = static_cast<uint32_t>(product1 >> 32) ^ counter1 ^ keys.words[0];
+    const uint64_t product0 = static_cast<uint64_t>(c0) * 0xD2511F53u;
+    first_ = static_cast<uint32_t>(id >> 32) ^ keys.words[1];
+    second_[0] = static_cast<uint32_t>(product1) ^ keys.words[2];
+    second_[1] = static_cast<uint32_t>(product0 >> 32) ^ keys.words[3];
+    third_ = static_cast<uint32_t>(product0);
+  }
+  BPO_INLINE void block(uint32_t counter0, uint32_t words[4]) const {
+    const uint64_t product0 = static_cast<uint64_t>(counter0) * 0xD2511F53u;
+    const uint32_t c2 = static_cast<uint32_t>(product0 >> 32) ^ first_;
+    const uint64_t product1 = static_cast<uint64_t>(c2) * 0xCD9E8D57u;
+    words[0] = static_cast<uint32_t>(product1 >> 32) ^ second_[0];
+    words[1] = static_cast<uint32_t>(product1);
+    words[2] = static_cast<uint32_t>(product0) ^ second_[1];
+    words[3] = third_;
+    philox_rounds<2>(words, keys_);
+  }
+
+ private:
+  const RoundKeys& keys_;
+  uint32_t first_, second_[2], third_;  // what a round adds to what hangs on counter0
+};
+
+// 32 in the place of a float's exponent.
+constexpr uint32_t kExponent32 = 32u << 23;
+
+// -2 ln(u / 2^32) for u in [1/2, 2^32]. u / 2^32 = m * 2^k with m in [2/3, 4/3); log1p(m - 1) is a minimax polynomial
+// whose own relative error is below 2^-24. `exponent` is k in the place of a float's exponent, and so k * 2^23.
 BPO_INLINE float minus_two_log(float u) {
-  const int32_t exponent = static_cast<int32_t>(float_bits(u) - 0x3F2AAAABu) >> 23;
-  const float m = bits_float(float_bits(u) - (static_cast<uint32_t>(exponent) << 23));
-  const float k = static_cast<float>(exponent);
+  const uint32_t exponent = (float_bits(u) - (0x3F2AAAABu + kExponent32)) & 0xFF800000u;
+  const float m = bits_float(float_bits(u) - exponent - kExponent32);
+  const float k = static_cast<float>(static_cast<int32_t>(exponent));
   const float f = m - 1.0f;
   float p = -0x1.1b09cep-2f;
   p = fma_rn(p, f, 0x1.35b3c6p-2f);
@@ -110,16 +192,15 @@ BPO_INLINE float minus_two_log(float u) {
   p = fma_rn(p, f, -0x1.555528p-1f);
   p = fma_rn(p, f, 1.0f);
   p = fma_rn(p, f, -2.0f);
-  return fma_rn(p, f, k * -0x1.62e430p+0f);
+  return fma_rn(p, f, k * -0x1.62e430p-23f);
 }
 
 // Box-Muller: two random words -> two independent standard normals.
-// radius = sqrt(-2 ln u) with u = (word0 + 1/2) / 2^32, so |z| reaches 6.76. The angle is t * pi/4 with t in [-1, 1)
+// radius = sqrt(-2 ln (u / 2^32)) with u = word0 + 1/2, so |z| reaches 6.76. The angle is t * pi/4 with t in [-1, 1)
 // from the low 30 bits of word1; its bit 30 swaps sine and cosine and its bit 31 is the cosine's sign, which covers
 // the circle evenly.
 BPO_INLINE void normal_pair(uint32_t word0, uint32_t word1, float& z0, float& z1) {
-  const float u = fma_rn(static_cast<float>(word0), 0x1p-32f, 0x1p-33f);
-  const float radius = sqrt_rn(minus_two_log(u));
+  const float radius = sqrt_rn(minus_two_log(static_cast<float>(word0) + 0.5f));
   const float t = static_cast<float>(static_cast<int32_t>(word1 << 2)) * 0x1p-31f;
   const float s = t * t;
   float sine = -0x1.2d9302p-15f;
@@ -131,11 +212,10 @@ BPO_INLINE void normal_pair(uint32_t word0, uint32_t word1, float& z0, float& z1
   cosine = fma_rn(cosine, s, 0x1.03c1dep-6f);
   cosine = fma_rn(cosine, s, -0x1.3bd3ccp-2f);
   cosine = fma_rn(cosine, s, 1.0f);
-  const uint32_t sine_bits = float_bits(sine);
-  const uint32_t cosine_bits = float_bits(cosine) ^ (word1 & 0x80000000u);
-  const bool swap = (word1 & 0x40000000u) != 0;
-  z0 = radius * bits_float(select(swap, sine_bits, cosine_bits));
-  z1 = radius * bits_float(select(swap, cosine_bits, sine_bits));
+  uint32_t sine_bits = float_bits(sine), cosine_bits = float_bits(cosine) ^ (word1 & 0x80000000u);
+  exchange_where_bit_30(word1, cosine_bits, sine_bits);
+  z0 = radius * bits_float(cosine_bits);
+  z1 = radius * bits_float(sine_bits);
 }
 
 // x * scale + eps * noise_scale in fp32.
@@ -156,6 +236,10 @@ struct Float32 {
 struct BFloat16 {
   using Word = uint16_t;
   static BPO_INLINE float load(Word word) { return bits_float(static_cast<uint32_t>(word) << 16); }
+  // The lower or the upper one of two.
+  static BPO_INLINE float load(uint32_t words, bool upper) {
+    return bits_float(upper ? words & 0xFFFF0000u : words << 16);
+  }
   static BPO_INLINE Word store(float value) {
 #if defined(__CUDA_ARCH__)
     // One instruction with the same result: subnormals are kept and a NaN becomes 0x7fff.
@@ -185,6 +269,9 @@ struct Float16 {
     return bits_float(bits | (static_cast<uint32_t>(word & 0x8000u) << 16));
 #endif
   }
+  static BPO_INLINE float load(uint32_t words, bool upper) {
+    return load(static_cast<Word>(upper ? words >> 16 : words));
+  }
   // Below the smallest normal half, adding 0.5 lets the fp32 adder round to the spacing of subnormal halves.
   static BPO_INLINE Word store(float value) {
 #if defined(__CUDA_ARCH__)
@@ -211,8 +298,9 @@ enum DTypeCode : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 //   element e of sample b is read at    x   + (source ? source[b] : b) * x_stride + e
 //   and for each level k is written at  out + k * level_stride + row * out_stride + e % width,
 //   where row = r or out_rows[r], r = b * (n / width) + e / width.
-// `width` divides n. It is n where samples are written whole, and the width of an embedding where a sample's tokens go
-// to rows of their own. out may be x where every element is written where it was read.
+// Without `ladder` there is one level. `width` divides n. It is n where samples are written whole, and the width of an
+// embedding where a sample's tokens go to rows of their own. out may be x where every element is written where it was
+// read.
 struct NoiseArguments {
   const void* x;
   void* out;
@@ -224,7 +312,7 @@ struct NoiseArguments {
   int64_t levels;
   int64_t level_stride;
   const float* scales;      // [T, 2]: sqrt(abar), sqrt(1 - abar)
-  const int64_t* steps;     // rows of `scales`, [levels] for a ladder, else [samples]; below 0: no noise; null: row 0
+  const int64_t* steps;     // rows of `scales`: [samples], below 0: no noise, null: row 0; of a ladder: [levels]
   const int64_t* ids;       // [samples] names of the streams, or null: b
   const int64_t* source;    // [samples], or null: b
   const int64_t* out_rows;  // [samples * n / width], or null: r

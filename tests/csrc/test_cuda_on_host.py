@@ -2,6 +2,7 @@
 
 import ctypes
 import itertools
+import math
 import mmap
 import os
 import shutil
@@ -57,6 +58,9 @@ def library(tmp_path_factory):
     library.gpu.restype = ctypes.POINTER(HostGpu)
     library.size_of_arguments.restype = library.pairs_changed.restype = ctypes.c_size_t
     library.pairs_changed.argtypes = [ctypes.c_uint32] * 4 + [ctypes.c_size_t]
+    library.roots_missed.restype, library.refined_root.restype = ctypes.c_size_t, ctypes.c_float
+    library.roots_missed.argtypes = [ctypes.c_double, ctypes.c_uint32]
+    library.refined_root.argtypes = [ctypes.c_float, ctypes.c_float]
     library.first_normals.argtypes = [
         ctypes.c_uint64,
         ctypes.c_size_t,
@@ -173,7 +177,9 @@ def test_ladder(library, gpu, n, gap):
     check_form(library, gpu, 2 * n, 4 * level, steps=torch.tensor([3, 0, 2, 1]), ladder=True, **sizes)
 
 
-@pytest.mark.parametrize(("width", "gap"), [(64, 0), (64, 8), (64, 1), (24, 0), (20, 4), (7, 0), (1, 0), (4096, 0)])
+@pytest.mark.parametrize(
+    ("width", "gap"), [(64, 0), (64, 8), (64, 1), (24, 0), (20, 4), (7, 0), (1, 0), (1000, 0), (1152, 0), (4096, 0)]
+)
 def test_rows(library, gpu, width, gap):
     """Images in an order of their own, one of them twice and one clean, to rows of a packed sequence."""
     rows, step = torch.tensor([11, 3, 4, 0, 8, 1, 2, 9, 5, 7, 6, 12]), torch.tensor([2, -1, 1, 0])
@@ -232,6 +238,14 @@ def test_normals_are_those_of_the_first_release(library):
         (0, 0xC0000000, 1 << 14, 0, 2**18),
     ]:
         assert library.pairs_changed(word0, word1, step0, step1, count) == 0
+
+
+def test_the_root_is_correctly_rounded(library):
+    """From any approximation that the reciprocal root of a GPU can be, and of -0, the one zero that there is."""
+    assert library.roots_missed(-23.3, 7) == 0
+    assert library.roots_missed(-20.0, 7) > 0  # the count sees a miss
+    root = library.refined_root(-0.0, 2.0**50)
+    assert (root, math.copysign(1, root)) == (0, -1)
 
 
 @pytest.mark.parametrize("form", ["samples", "n", "levels"])

@@ -108,12 +108,12 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   blockDim = config->blockDim;
   const auto within = [](unsigned size, unsigned limit) { return size >= 1 && size <= limit; };
   if (!within(gridDim.x, 0x7FFFFFFF) || !within(gridDim.y, 65535) || !within(gridDim.z, 65535) ||
-      !within(blockDim.x, 1024) || blockDim.y != 1 || blockDim.z != 1) {
+      !within(blockDim.x * blockDim.y, 1024) || blockDim.z != 1) {
     return cudaErrorInvalidConfiguration;
   }
   host_gpu.stream = reinterpret_cast<int64_t>(config->stream);
   host_gpu.blocks[0] = gridDim.x, host_gpu.blocks[1] = gridDim.y, host_gpu.blocks[2] = gridDim.z;
-  host_gpu.threads = blockDim.x;
+  host_gpu.threads = blockDim.x * blockDim.y;
   host_gpu.misaligned = 0;
   for (blockIdx.z = 0; blockIdx.z < gridDim.z; ++blockIdx.z) {
     for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y) {
@@ -121,7 +121,9 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
         if (blockIdx.x == host_gpu.skip_from && host_gpu.skip_to > host_gpu.skip_from) {
           blockIdx.x = static_cast<unsigned>(host_gpu.skip_to);
         }
-        for (threadIdx.x = 0; threadIdx.x < blockDim.x; ++threadIdx.x) kernel(arguments...);
+        for (threadIdx.y = 0; threadIdx.y < blockDim.y; ++threadIdx.y) {
+          for (threadIdx.x = 0; threadIdx.x < blockDim.x; ++threadIdx.x) kernel(arguments...);
+        }
       }
     }
   }

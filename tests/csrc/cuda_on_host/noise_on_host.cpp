@@ -94,6 +94,28 @@ void first_normals(uint64_t begin, size_t count, uint64_t id, uint64_t seed, flo
   }
 }
 
+// How many of the floats a in [1, 4), taking each `step`th, have a y within a relative distance of 2^log2_bound to
+// 1 / sqrt(a) from which the root is not the correctly rounded one. Any other a is one of these times a power of 4, which
+// changes nothing but exponents.
+size_t roots_missed(double log2_bound, uint32_t step) {
+  size_t missed = 0;
+  const double bound = std::pow(2.0, log2_bound);
+  for (uint32_t bits = 0x3F800000u; bits < 0x40800000u; bits += step) {
+    const float a = first::as_float(bits), root = std::sqrt(a);
+    const double exact = 1.0 / std::sqrt(static_cast<double>(a));
+    const uint32_t nearest = first::as_bits(static_cast<float>(exact));
+    bool right = true;
+    for (uint32_t y_bits = nearest - 3; y_bits <= nearest + 3; ++y_bits) {
+      const float y = first::as_float(y_bits);
+      if (std::fabs(y - exact) <= bound * exact) right = right && bpo::refined_root(a, y) == root;
+    }
+    missed += !right;
+  }
+  return missed;
+}
+
+float refined_root(float a, float y) { return bpo::refined_root(a, y); }
+
 // How many of the pairs of words give other normals than at first. word0 and word1 are stepped through together.
 size_t pairs_changed(uint32_t word0, uint32_t word1, uint32_t step0, uint32_t step1, size_t count) {
   size_t changed = 0;
