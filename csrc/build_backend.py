@@ -32,6 +32,8 @@ NVCC_REQUIREMENTS = [
     "nvidia-cuda-runtime==13.0.96",
     "nvidia-cuda-cccl==13.0.85",
 ]
+# Of every compilation of a .cu file: the bits of the noise op need --fmad=false.
+NVCC_FLAGS = ["-O3", "-std=c++17", "-DBPO_CUDA", "--fmad=false"]
 
 
 @dataclass(frozen=True)
@@ -123,8 +125,8 @@ def toolkit_for_build() -> Toolkit | None:
 
 def compile_cuda(toolkit: Toolkit, source: Path, output: Path) -> None:
     """Compile one .cu file to an object with code for every architecture and PTX of the last."""
-    command = [toolkit.nvcc, "-c", str(source), "-o", str(output), "-O3", "-std=c++17", "-DBPO_CUDA"]
-    command += ["--fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden,-ffp-contract=off"]
+    command = [toolkit.nvcc, "-c", str(source), "-o", str(output), *NVCC_FLAGS]
+    command += ["-Xcompiler", "-fPIC,-fvisibility=hidden,-ffp-contract=off"]
     command += ["-I", str(toolkit.root / "include"), "--threads", "0"]
     for arch in ARCHS:
         command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]

@@ -13,34 +13,36 @@ namespace {
 constexpr int kMaxThreads = 256;
 constexpr int kWarp = 32;
 
-// What a thread moves at once: 16 bytes of the narrower type. 4 elements where both types are fp32, else 8, of which an
-// fp32 side has 32 bytes.
-template <typename In, typename Out>
-constexpr int kVectorSize = sizeof(typename In::Word) == 4 && sizeof(typename Out::Word) == 4 ? 4 : 8;
-
-// Vectors of a thread: 16 elements, unless they are moved one by one.
+// What a thread moves at once: 16 bytes of the narrower type, which are 4 elements where both types are fp32, else 8,
+// of which an fp32 side has 32 bytes. Where elements are moved one by one: those of a Philox block.
 template <typename In, typename Out, bool kAligned>
-constexpr int kVectors = kAligned ? 16 / kVectorSize<In, Out> : 1;
+constexpr int kVectorSize = !kAligned || (sizeof(typename In::Word) == 4 && sizeof(typename Out::Word) == 4) ? 4 : 8;
+
+// The vectors that a thread takes in one turn: 16 elements.
+template <typename In, typename Out, bool kAligned>
+constexpr int kVectors = kAligned ? 16 / kVectorSize<In, Out, kAligned> : 1;
 
 template <typename Type, int kSize>
 struct alignas(16) Vector {
   using Word = typename Type::Word;
-  static constexpr int kAccesses = kSize * static_cast<int>(sizeof(Word)) / 16;
   Word words[kSize];
 
-  __device__ __forceinline__ void load(const Word* from) {
-#pragma unroll
-    for (int i = 0; i < kAccesses; ++i) reinterpret_cast<uint4*>(words)[i] = reinterpret_cast<const uint4*>(from)[i];
-  }
-  __device__ __forceinline__ void store(Word* to) const {
-#pragma unroll
-    for (int i = 0; i < kAccesses; ++i) reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(words)[i];
-  }
+  __device__ __forceinline__ void load(const Word* from) { copy(words, from); }
+  __device__ __forceinline__ void store(Word* to) const { copy(to, words); }
   __device__ __forceinline__ float value(int i) const {
     if constexpr (sizeof(Word) == 4) {
       return Type::load(words[i]);
     } else {
-      return Type::load(reinterpret_cast<const uint32_t*>(words)[i / 2], i % 2 != 0);
+      // By 32-bit words: of a 16-bit one nvcc takes two instructions to widen the upper half of a register.
+      return Type::load(static_cast<Word>(reinterpret_cast<const uint32_t*>(words)[i / 2] >> 16 * (i % 2)));
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ void copy(Word* to, const Word* from) {
+#pragma unroll
+    for (int i = 0; i < kSize * static_cast<int>(sizeof(Word)) / 16; ++i) {
+      reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(from)[i];
     }
   }
 };
@@ -58,15 +60,15 @@ __device__ __forceinline__ Scales scales_of(const NoiseArguments& a, int64_t ste
 // A grid of (vectors of a line, lines of a sample, samples), each dimension with a stride, so that nothing is divided.
 // Aligned: a line is what goes to one output row, kSize divides it, and every address is a multiple of 16 bytes.
 // Otherwise: a line is the whole sample, its last vector may be short, and elements are moved one by one.
-// `rows` is a.n / a.width, the output rows of a sample. The vectors of a thread lie a warp apart, so that each access of
-// a warp is one run of memory.
+// `rows` is a.n / a.width, the output rows of a sample. The vectors of a thread lie a warp apart, so that each access
+// of a warp is one run of memory. The bounds leave ptxas the registers that it needs not to spill.
 template <typename In, typename Out, bool kAligned>
-__global__ void __launch_bounds__(kMaxThreads) noise_kernel(const NoiseArguments a, int64_t rows,
-                                                            const RoundKeys keys) {
-  constexpr int kSize = kVectorSize<In, Out>, kCount = kVectors<In, Out, kAligned>;
+__global__ void __launch_bounds__(kMaxThreads, kAligned ? 4 : 2)
+    noise_kernel(const NoiseArguments a, int64_t rows, const RoundKeys keys) {
+  constexpr int kSize = kVectorSize<In, Out, kAligned>, kCount = kVectors<In, Out, kAligned>;
   using OutWord = typename Out::Word;
-  // Elements whose blocks have the high word of their number in common: what hangs on it is made once for them, and the
-  // number of a vector among them fits in 32 bits.
+  // Elements whose blocks have the high word of their number in common: what hangs on it is made once for them, and
+  // the number of a vector among them fits in 32 bits.
   constexpr int64_t kPiece = int64_t(kSize) << 31;
   const auto at_most_a_piece = [](uint64_t vectors) {
     return static_cast<uint32_t>(vectors < kPiece / kSize ? vectors : kPiece / kSize);
@@ -78,19 +80,20 @@ __global__ void __launch_bounds__(kMaxThreads) noise_kernel(const NoiseArguments
   const int64_t lines = kAligned ? rows : 1;
   const int64_t line_size = kAligned ? a.width : a.n;
   for (int64_t sample = blockIdx.z; sample < a.samples; sample += gridDim.z) {
-    const uint64_t id = a.id(sample);
-    const bool noisy = a.ladder || a.step(sample, 0) >= 0;
-    const Scales first_scales = scales_of(a, a.step(sample, 0));
-    const auto* const x = static_cast<const typename In::Word*>(a.x) + a.x_offset(sample);
-    for (int64_t line = blockIdx.y * blockDim.y + threadIdx.y; line < lines; line += gridDim.y * blockDim.y) {
-      const int64_t line_begin = line * line_size, line_end = line_begin + line_size;  // in the sample
-      auto* const out = static_cast<OutWord*>(a.out) + (kAligned ? a.row_offset(sample * rows + line) - line_begin : 0);
-      for (int64_t begin = line_begin, end; begin < line_end; begin = end) {
-        end = begin / kPiece * kPiece + kPiece;
-        end = end < line_end ? end : line_end;
-        const auto vectors = static_cast<uint32_t>((end - begin + kSize - 1) / kSize);
-        const uint64_t first_block = static_cast<uint64_t>(begin) / 4;
-        const PhiloxBlocks blocks(static_cast<uint32_t>(first_block >> 32), id, keys);
+    for (int64_t piece = 0; piece < a.n; piece += kPiece) {  // most samples are one
+      const uint64_t first_block = static_cast<uint64_t>(piece) / 4;
+      const PhiloxBlocks blocks(static_cast<uint32_t>(first_block >> 32), a.id(sample), keys);
+      const bool noisy = a.ladder || a.step(sample, 0) >= 0;
+      const Scales first_scales = scales_of(a, a.step(sample, 0));
+      const auto* const x = static_cast<const typename In::Word*>(a.x) + a.x_offset(sample);
+      for (int64_t line = blockIdx.y * blockDim.y + threadIdx.y; line < lines; line += gridDim.y * blockDim.y) {
+        const int64_t line_begin = line * line_size, line_end = line_begin + line_size;  // in the sample
+        const int64_t begin = line_begin > piece ? line_begin : piece;
+        const int64_t end = line_end < piece + kPiece ? line_end : piece + kPiece;
+        const auto vectors = begin < end ? static_cast<uint32_t>((end - begin + kSize - 1) / kSize) : 0;
+        auto* const out =
+            static_cast<OutWord*>(a.out) + (kAligned ? a.row_offset(sample * rows + line) - line_begin : 0);
+        const auto first_number = static_cast<uint32_t>(begin / 4);  // of the first vector's block, its low word
         int64_t element = begin + static_cast<int64_t>(first) * kSize;
         const typename In::Word* from = x + element;
         OutWord* to = out + element;
@@ -114,7 +117,7 @@ __global__ void __launch_bounds__(kMaxThreads) noise_kernel(const NoiseArguments
 #pragma unroll
               for (int j = 0; j < kSize; j += 4) {
                 uint32_t words[4];
-                blocks.block(static_cast<uint32_t>(first_block) + (index + v * kWarp) * (kSize / 4) + j / 4, words);
+                blocks.block(first_number + (index + v * kWarp) * (kSize / 4) + j / 4, words);
                 normal_pair(words[0], words[1], eps[j], eps[j + 1]);
                 normal_pair(words[2], words[3], eps[j + 2], eps[j + 3]);
               }
@@ -166,7 +169,7 @@ void check(cudaError_t status, const std::string& call) {
 
 template <typename In, typename Out>
 void launch(const NoiseArguments& a, int device, cudaStream_t stream) {
-  constexpr int64_t kSize = kVectorSize<In, Out>;
+  constexpr int64_t kSize = kVectorSize<In, Out, true>;
   const auto aligned_base = [](const void* base) { return reinterpret_cast<uintptr_t>(base) % 16 == 0; };
   // kSize elements are a multiple of 16 bytes of either type.
   const bool aligned = aligned_base(a.x) && aligned_base(a.out) && a.width % kSize == 0 && a.x_stride % kSize == 0 &&
@@ -174,8 +177,8 @@ void launch(const NoiseArguments& a, int device, cudaStream_t stream) {
   const auto kernel = aligned ? noise_kernel<In, Out, true> : noise_kernel<In, Out, false>;
   const auto parts = [](int64_t whole, int64_t part) { return (whole + part - 1) / part; };
   const int64_t rows = a.n / a.width, lines = aligned ? rows : 1;
-  const int64_t shares = parts(aligned ? a.width : a.n,  // of a line, one a thread
-                               kSize * (aligned ? kVectors<In, Out, true> : kVectors<In, Out, false>));
+  const int64_t shares = aligned ? parts(a.width, kVectors<In, Out, true> * kSize)  // of a line, a thread's each
+                                 : parts(a.n, kVectorSize<In, Out, false>);
 
   // Warps enough for a line, lines enough for a block, and blocks enough to fill the GPU but no more: the rest is the
   // strides' work.

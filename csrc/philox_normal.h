@@ -64,8 +64,8 @@ BPO_INLINE float sqrt_rn(float a) {
 #endif
 }
 
-// condition ? a : b; on a CPU without a branch: gcc does not vectorise a loop in which it has turned a conditional into
-// one.
+// condition ? a : b; on a CPU without a branch: gcc does not vectorise a loop in which it has turned a conditional
+// into one.
 BPO_INLINE uint32_t select(bool condition, uint32_t a, uint32_t b) {
 #if defined(__CUDA_ARCH__)
   return condition ? a : b;
@@ -144,8 +144,8 @@ BPO_INLINE void philox_rounds(uint32_t words[4], const RoundKeys& keys) {
 // counter[4] -> 4 random words.
 BPO_INLINE void philox4x32_10(uint32_t words[4], const RoundKeys& keys) { philox_rounds<0>(words, keys); }
 
-// The blocks of a stream whose counters differ in their first word alone: of the first two rounds, half is the same for
-// all of them and made once.
+// The blocks of a stream whose counters differ in their first word alone: half of the first two rounds is the same for
+// all of them, and made once.
 class PhiloxBlocks {
  public:
   BPO_INLINE PhiloxBlocks(uint32_t counter1, uint64_t id, const RoundKeys& keys) : keys_(keys) {
@@ -236,10 +236,6 @@ struct Float32 {
 struct BFloat16 {
   using Word = uint16_t;
   static BPO_INLINE float load(Word word) { return bits_float(static_cast<uint32_t>(word) << 16); }
-  // The lower or the upper one of two.
-  static BPO_INLINE float load(uint32_t words, bool upper) {
-    return bits_float(upper ? words & 0xFFFF0000u : words << 16);
-  }
   static BPO_INLINE Word store(float value) {
 #if defined(__CUDA_ARCH__)
     // One instruction with the same result: subnormals are kept and a NaN becomes 0x7fff.
@@ -268,9 +264,6 @@ struct Float16 {
     const uint32_t bits = select(magnitude >= 0x0F800000u, magnitude | 0x7F800000u, float_bits(scaled));
     return bits_float(bits | (static_cast<uint32_t>(word & 0x8000u) << 16));
 #endif
-  }
-  static BPO_INLINE float load(uint32_t words, bool upper) {
-    return load(static_cast<Word>(upper ? words >> 16 : words));
   }
   // Below the smallest normal half, adding 0.5 lets the fp32 adder round to the spacing of subnormal halves.
   static BPO_INLINE Word store(float value) {

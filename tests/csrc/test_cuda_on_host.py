@@ -41,7 +41,7 @@ class HostGpu(ctypes.Structure):
     """HostGpu of cuda_on_host/cuda_runtime.h."""
 
     _fields_ = [(name, ctypes.c_int64) for name in ("devices", "has_kernel", "processors")]
-    _fields_ += [(name, ctypes.c_int64) for name in ("blocks_per_processor", "skip_from", "skip_to")]
+    _fields_ += [(name, ctypes.c_int64) for name in ("blocks_per_processor", "every")]
     _fields_ += [(name, ctypes.c_int64) for name in ("current_device", "stream")]
     _fields_ += [("blocks", ctypes.c_int64 * 3), ("threads", ctypes.c_int64), ("misaligned", ctypes.c_int64)]
 
@@ -208,18 +208,18 @@ def sparse(elements, dtype):
     ],
 )
 def test_counters_past_32_bits(library, gpu, dtype, n, turns):
-    """Both ends of a sample of up to 2^34 elements, where the number of a block passes 32 bits.
+    """The ends of a sample of up to 2^34 elements, where the number of a block passes 32 bits.
 
-    What is between them is not run. A thread takes `turns` packs.
+    Most of what is between them is not run. A thread takes `turns` shares.
     """
     x, out, sample_id = sparse(n, dtype), sparse(n, dtype), 2**63 - 2**40
     scales, ids = torch.tensor([[1.0, 1.0]]), torch.tensor([sample_id])
     sizes = {"samples": 1, "n": n, "width": n, "x_stride": n, "out_stride": n}
     fields = fields_of(x=x, out=out, scales=scales, ids=ids, **sizes)
-    gpu.processors, gpu.skip_to = 2**27, 2**31
+    gpu.processors, gpu.every = 2**27, -1
     assert noise_cuda(library, (dtype, dtype), fields) == ""  # nothing is run; it shows the grid
     gpu.processors = -(-gpu.blocks[0] // turns)
-    gpu.skip_from, gpu.skip_to = 8, gpu.processors - 8
+    gpu.every = 2**20
     assert noise_cuda(library, (dtype, dtype), fields) == ""
     assert gpu.blocks[0] == gpu.processors
     for begin in [0, n - n % 4 - 1024, *([2**34 - 512] if n > 2**34 else [])]:

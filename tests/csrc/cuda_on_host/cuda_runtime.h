@@ -1,5 +1,5 @@
-// Stands before the CUDA toolkit's header of this name, so that a host compiler can build csrc/noise_cuda.cu as it is: a
-// launch runs its kernel on the host, one thread after the other. That is enough for kernels without shared memory,
+// Stands before the CUDA toolkit's header of this name, so that a host compiler can build csrc/noise_cuda.cu as it is:
+// a launch runs its kernel on the host, one thread after the other. That is enough for kernels without shared memory,
 // barriers and warp functions. What a GPU would refuse is an error here too: a grid over its limits, and a 16-byte
 // access of memory that is not aligned to it.
 #pragma once
@@ -12,7 +12,7 @@
 #define __host__
 #define __device__
 #define __forceinline__ inline __attribute__((always_inline))
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 
 enum cudaError_t {
   cudaSuccess = 0,
@@ -39,22 +39,25 @@ struct cudaLaunchConfig_t {
 
 inline dim3 gridDim, blockDim, blockIdx, threadIdx;
 
-// The GPU that is played: how many devices there are, whether one of them has the kernel in its code, how much of a grid
-// it holds at once, and which blocks of the grid's x are left out (skip_from to skip_to - 1), so that both ends of a
-// sample too large for memory can be looked at. Then what the calls have shown: the current device, the last launch, its
-// accesses that a GPU would have refused.
+// The GPU that is played: how many devices there are, whether there is code of the kernel for them, how much of a grid
+// one holds at once. To look at a sample too large for memory: only the blocks of the grid's x run that are at most 8
+// from its end or from a multiple of `every` (0: all, below 0: none). Then what the calls have shown: the current
+// device, the last launch, its accesses that a GPU would have refused.
 struct HostGpu {
   int64_t devices = 1;
   int64_t has_kernel = 1;
   int64_t processors = 1;
   int64_t blocks_per_processor = 1;
-  int64_t skip_from = 0;
-  int64_t skip_to = 0;
+  int64_t every = 0;
   int64_t current_device = -1;
   int64_t stream = 0;
   int64_t blocks[3] = {};
   int64_t threads = 0;
   int64_t misaligned = 0;
+
+  bool runs(int64_t x) const {
+    return every == 0 || (every > 0 && (x >= blocks[0] - 8 || x % every <= 8 || x % every >= every - 8));
+  }
 };
 inline HostGpu host_gpu;
 
@@ -118,9 +121,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   for (blockIdx.z = 0; blockIdx.z < gridDim.z; ++blockIdx.z) {
     for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y) {
       for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) {
-        if (blockIdx.x == host_gpu.skip_from && host_gpu.skip_to > host_gpu.skip_from) {
-          blockIdx.x = static_cast<unsigned>(host_gpu.skip_to);
-        }
+        if (!host_gpu.runs(blockIdx.x)) continue;
         for (threadIdx.y = 0; threadIdx.y < blockDim.y; ++threadIdx.y) {
           for (threadIdx.x = 0; threadIdx.x < blockDim.x; ++threadIdx.x) kernel(arguments...);
         }

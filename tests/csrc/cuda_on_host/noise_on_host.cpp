@@ -95,8 +95,8 @@ void first_normals(uint64_t begin, size_t count, uint64_t id, uint64_t seed, flo
 }
 
 // How many of the floats a in [1, 4), taking each `step`th, have a y within a relative distance of 2^log2_bound to
-// 1 / sqrt(a) from which the root is not the correctly rounded one. Any other a is one of these times a power of 4, which
-// changes nothing but exponents.
+// 1 / sqrt(a) from which the root is not the correctly rounded one. Any other a is one of these times a power of 4,
+// which changes nothing but exponents.
 size_t roots_missed(double log2_bound, uint32_t step) {
   size_t missed = 0;
   const double bound = std::pow(2.0, log2_bound);
