@@ -4,7 +4,7 @@ VENV ?= .venv
 DEMO_OUT ?= runs/demo
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test lint aot bench clean
+.PHONY: install demo test lint aot bench gpu clean
 
 install: $(INSTALLED)
 
@@ -29,6 +29,16 @@ bench: $(INSTALLED)
 	$(VENV)/bin/python bench/noise.py
 	$(VENV)/bin/python bench/noise.py --dtype bfloat16
 	$(VENV)/bin/python bench/tables.py
+
+# Proves and measures all on a GPU, in stages: `make gpu`, one by one `make gpu STAGE=noise`, with a Python that has
+# torch and no .venv `make gpu PYTHON=python3`; on a CPU at toy sizes `make gpu REHEARSE=1`.
+ifeq ($(origin PYTHON),command line)
+gpu:
+	$(PYTHON) bench/gpu.py $(if $(STAGE),--stage $(STAGE)) $(if $(REHEARSE),--rehearse)
+else
+gpu: $(INSTALLED)
+	$(VENV)/bin/python bench/gpu.py $(if $(STAGE),--stage $(STAGE)) $(if $(REHEARSE),--rehearse)
+endif
 
 # The stamp is newer than what the extension and the dependencies are made from, or the install runs again.
 $(INSTALLED): pyproject.toml setup.py constraints.txt kernels/architectures.py $(wildcard csrc/*)

@@ -1,8 +1,9 @@
 """Time and memory of the losses beside their peers: `python bench/kernels.py` prints tables, writes JSON and a chart.
 
-All candidates of an operation work on the same tensors in one interleaved run. Extra peak memory is that of one step
-in a fresh process, after one of toy size has imported what is imported at first use, and one of full size for
-candidates that compile. A run that is given again after being killed goes on behind its last whole group.
+All candidates of an operation work on the same tensors in one interleaved run. Extra peak memory is that of one step:
+on CUDA what its allocator counts; on the CPU in a fresh process, after one of toy size has imported what is imported
+at first use, and one of full size for candidates that compile. A run that is given again after being killed goes on
+behind its last whole group.
 """
 
 import argparse
@@ -38,6 +39,7 @@ def parse(arguments):
     add("--warmup", type=int, default=0, help="rounds before the timed ones, besides the first step of each candidate")
     add("--repeats", type=int, default=5)
     add("--output", type=Path, help="JSON path; the chart lies beside it (default: below bench/results)")
+    add("--in-process", action="store_true", default=cuda, help="measure peak memory in this process, as on CUDA")
     add("--sweep", action="store_true", help="linear_dpo_loss over tokens and over vocabulary instead")
     add("--sweep-tokens", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096, *([8192, 16384] if cuda else [])])
     add("--sweep-vocab-size", type=int, default=128256 if cuda else 32064, help="while tokens vary")
@@ -70,11 +72,13 @@ def sweep_jobs(options, command):
     points |= {f"vocabulary {size}": (options.sweep_fixed_tokens, size) for size in options.sweep_vocabularies}
     for title, (tokens, size) in points.items():
         sizes = [f"--tokens={tokens}", f"--vocab-size={size}"]
-        yield title, LINEAR_DPO.job(changed(options, tokens=tokens, vocab_size=size), SWEEP, [*command, *sizes])
+        point = changed(options, tokens=tokens, vocab_size=size)
+        yield title, LINEAR_DPO.job(point, SWEEP, command and [*command, *sizes])
 
 
 def main(arguments):
-    options, command = parse(arguments), [__file__, *arguments]
+    options = parse(arguments)
+    command = () if options.in_process else [__file__, *arguments]
     if options.peak:
         return print_peak(options)
     found = operations(options)
@@ -86,7 +90,7 @@ def main(arguments):
         jobs = dict(sweep_jobs(options, command))
     result = Results("kernels-sweep" if options.sweep else "kernels", vars(options), options.output).run(jobs)
     ours = [row for group in result["groups"].values() for name, row in group["rows"].items() if name.startswith(OURS)]
-    return int(any("missing" in row or not row["agrees"] for row in ours))
+    return int(any("missing" in row or not row.get("agrees", True) for row in ours))
 
 
 if __name__ == "__main__":

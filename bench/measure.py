@@ -1,6 +1,7 @@
 """Time and memory of the candidates for an operation (ours, peers, floors), measured side by side."""
 
 import gc
+import itertools
 import re
 import statistics
 import subprocess
@@ -25,8 +26,45 @@ def synchronise():
         torch.cuda.synchronize()
 
 
-def interleaved(functions, warmup, repeats, calls, progress):
-    """Time `functions` in turn, `calls` times each a repeat: name -> `repeats` wall times of one call in seconds.
+def flush_buffer(device):
+    """Memory of twice the L2 cache of a CUDA device; None elsewhere."""
+    if device != "cuda":
+        return None
+    return torch.empty(2 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.int8, device=device)
+
+
+def elapsed(function, calls, flushed):
+    """Seconds of one of `calls` calls of `function`, by CUDA's own events where `flushed` is a CUDA buffer.
+
+    Writing that buffer first empties the L2 cache, and keeps the device busy until the calls are in its queue.
+    """
+    synchronise()
+    if flushed is None:
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        synchronise()
+        return (time.perf_counter() - start) / calls
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    flushed.zero_()
+    start.record()
+    for _ in range(calls):
+        function()
+    end.record()
+    synchronise()
+    return start.elapsed_time(end) / 1e3 / calls
+
+
+def rotating(steps):
+    """One step that is another of `steps` each time, so that none finds its tensors in the cache."""
+    if len(steps) == 1:
+        return steps[0]
+    following = itertools.cycle(steps)
+    return lambda: next(following)()
+
+
+def interleaved(functions, warmup, repeats, calls, progress, flushed=None):
+    """Time `functions` in turn, `calls` times each a repeat: name -> `repeats` times of one call in seconds.
 
     A slow minute of the machine is spread over all candidates, and none always runs behind the same neighbour.
     """
@@ -35,13 +73,9 @@ def interleaved(functions, warmup, repeats, calls, progress):
         shift = repeat % max(1, len(names))
         for name in names[shift:] + names[:shift]:
             gc.collect()
-            synchronise()
-            start = time.perf_counter()
-            for _ in range(calls):
-                functions[name]()
-            synchronise()
+            seconds = elapsed(functions[name], calls, flushed)
             if repeat >= 0:
-                samples[name].append((time.perf_counter() - start) / calls)
+                samples[name].append(seconds)
             progress.update()
     return samples
 
@@ -139,7 +173,8 @@ class Operation:
     """What one group measures: `shape(options)` its sizes, `problem(options, shape)` its tensors, name -> candidate.
 
     `calls` make a timed step. With `with_peak` memory is measured. If `compared`, steps return (loss, gradient or
-    None), which are compared with those of EAGER on `problem.in_float64()`.
+    None), which are compared with those of EAGER on `problem.in_float64()`. Calls rotate among problems of
+    `options.copies` sets of tensors where the options have it.
     """
 
     name: str
@@ -159,21 +194,33 @@ class Operation:
 
     def measure(self, options, names, peak_command, progress):
         shape, rows, steps = self.shape(options), {}, {}
-        problem = self.problem(options, shape)
-        expected = self.candidates[EAGER].setup(problem.in_float64())() if self.compared else None
+        problem, *others = (self.problem(options, shape) for _ in range(getattr(options, "copies", 1)))
+        what, expected = self.what, None
+        try:
+            expected = self.candidates[EAGER].setup(problem.in_float64())() if self.compared else None
+        except torch.OutOfMemoryError:
+            what += " (not compared with float64, which needs more memory)"
         for name in names:
             rows[name], step = self.candidates[name].first_step(problem, options, expected)
-            steps |= {name: step} if step else {}
+            if step:
+                more = [self.candidates[name].setup(other) for other in others]
+                for first in more:
+                    first()
+                steps[name] = rotating([step, *more])
             progress.update()
         del expected
-        for name, seconds in interleaved(steps, options.warmup, options.repeats, self.calls, progress).items():
+        timing = options.warmup, options.repeats, self.calls, progress, flush_buffer(options.device)
+        for name, seconds in interleaved(steps, *timing).items():
             rows[name] |= summary(seconds)
-        del steps, step, problem
+        peaked = [name for name in steps if self.with_peak and "is_floor" not in rows[name]]
+        for name in () if peak_command else peaked:
+            rows[name]["peak_bytes"] = extra_peak(steps[name], options.device)
+            progress.update()
+        del steps, step, problem, others
         if options.device == "cuda":
             torch.cuda.empty_cache()
-        for name, row in rows.items() if self.with_peak else ():
-            if "median" in row and "is_floor" not in row:
-                row["peak_bytes"] = fresh_peak(*peak_command, "--peak", self.name, name)
-                progress.update()
+        for name in peaked if peak_command else ():
+            rows[name]["peak_bytes"] = fresh_peak(*peak_command, "--peak", self.name, name)
+            progress.update()
         add_ratios(rows, EAGER, FLOOR)
-        return {"what": self.what, "shape": shape, "reference": EAGER, "rows": rows}
+        return {"what": what, "shape": shape, "reference": EAGER, "rows": rows}

@@ -1,9 +1,11 @@
 """The noise ops beside plain PyTorch, torch.compile and bare copies: `python bench/noise.py`.
 
-Like is compared with like: writing to memory that is there has copy_ for its floor, making a tensor clone.
+Like is compared with like: writing to memory that is there has copy_ for its floor, making a tensor clone. On CUDA
+calls rotate among as many sets of tensors as make each larger than the L2 cache, and events time them.
 """
 
 import argparse
+import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -90,6 +92,14 @@ GROUPS = (
 )
 
 
+def copies_past_the_cache(options):
+    """How many tensors of the shape are twice a CUDA device's L2 cache; 1 on the CPU."""
+    if options.device != "cuda":
+        return 1
+    size = math.prod(options.shape) * getattr(torch, options.dtype).itemsize
+    return max(1, math.ceil(2 * torch.cuda.get_device_properties(0).L2_cache_size / size))
+
+
 def main(arguments):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", type=int, nargs=3, default=[32, 576, 1024], metavar=("N", "M", "H"))
@@ -98,8 +108,10 @@ def main(arguments):
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--levels", type=int, default=4, help="steps of the ladder")
+    parser.add_argument("--copies", type=int, help="sets of tensors that calls rotate among (default: see above)")
     parser.add_argument("--output", type=Path, help="JSON path, the chart beside it (default: below bench/results)")
     options = parser.parse_args(arguments)
+    options.copies = options.copies or copies_past_the_cache(options)
     kind = {"shape": lambda o: dict(zip("NMH", o.shape, strict=True)), "problem": Problem, "with_peak": False}
     groups = [Operation(*texts, candidates=found, compared=False, **kind) for *texts, found in GROUPS]
     jobs = {group.name: group.job(options) for group in groups}

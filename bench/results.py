@@ -23,18 +23,23 @@ from tqdm import tqdm
 from bpo_fast.runs.files import write_json
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "liger-kernel", "cut-cross-entropy", "numpy")
+PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "bitsandbytes", "flash-attn", "liger-kernel")
+PACKAGES += ("cut-cross-entropy", "numpy")
 # What benchmarks write: changes there do not make the next benchmark's tree unclean.
 WRITTEN = ("bench/results/", "docs/benchmarks.md", "README.md")
 
 
 def tree_state(repository):
-    """(commit, first path with uncommitted changes or None); (None, None) outside a git repository."""
+    """(commit, first path with uncommitted changes or None); (None, None) outside a git repository.
+
+    A copy of a clean tree that has no repository with it may say its commit in BPO_FAST_COMMIT.
+    """
     git, options = ["git", "-C", repository], {"capture_output": True, "text": True}
     commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], **options).stdout.strip()
     status = subprocess.run([*git, "status", "--porcelain", "-uall", "--no-renames"], **options).stdout
     paths = [line[3:].strip('"') for line in status.splitlines()]
-    return commit or None, next((path for path in paths if not path.startswith(WRITTEN)), None)
+    changed = next((path for path in paths if not path.startswith(WRITTEN)), None)
+    return commit or os.environ.get("BPO_FAST_COMMIT"), changed
 
 
 def environment(device, commit):
@@ -60,8 +65,15 @@ def identity(result):
     return result["settings"], [found[key] for key in ("device", "cpu", "threads", "versions", "commit")]
 
 
+def slug(device):
+    """A device's name as part of a file's."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower())
+
+
 class Results:
     """The groups of one run and the file they go to: `output`, or bench/results/<name>-<device>.json.
+
+    BPO_FAST_RESULTS is the folder instead of bench/results, where it is set.
 
     `obstacle`, found before anything is measured, says why they are not kept, or is None.
     """
@@ -72,8 +84,8 @@ class Results:
         result = {"bench": bench, "environment": found, "settings": settings, "groups": {}}
         self.result = json.loads(json.dumps(result, default=str))  # tuples are lists, keys and paths are strings
         kept = repository / "bench/results"
-        device = re.sub(r"[^a-z0-9]+", "-", found["device"].lower())
-        self.path = Path(output or kept / f"{bench}-{device}{suffix}.json").resolve()
+        folder = Path(os.environ.get("BPO_FAST_RESULTS") or kept)
+        self.path = Path(output or folder / f"{bench}-{slug(found['device'])}{suffix}.json").resolve()
         self.partial = self.path.with_suffix(".partial.json")
         self.obstacle = None
         if self.path.is_relative_to(kept.resolve()) and (changed or not commit):

@@ -7,6 +7,7 @@ import argparse
 import json
 import re
 import sys
+from itertools import chain
 
 import charts
 import report
@@ -40,6 +41,23 @@ def details(devices):
         for stem, result in results.items():
             chart = "" if result["bench"] == "tuning" else f"\n\n![{stem}](../bench/results/{stem}.png)"
             yield f"### {stem}\n\n{report.caption(result)}{chart}\n\n{report.text(result)}"
+
+
+def stages(folder):
+    """How the stages of `make gpu` ended, a table a device."""
+    devices = {}
+    for path in sorted((folder / "gpu").glob("*.json")):
+        record = json.loads(path.read_text())
+        devices.setdefault(record["environment"]["device"], []).append(record)
+    for device, records in devices.items():
+        yield f"## `make gpu` on {device}"
+        lines = []
+        for record in sorted(records, key=lambda record: record["environment"]["time"]):
+            said = [step["said"][-1] for step in record.get("commands", []) if step["said"]][-1:]
+            outcome = "; ".join(record["failures"]) or (*said, "ended well")[0]
+            left_out = ", ".join(record["left_out"])
+            lines.append([record["stage"], f"{record['seconds']:.0f} s", outcome.replace("|", "/"), left_out])
+        yield report.table(["stage", "time", "outcome", "left out, as missing"], lines)
 
 
 def headlines(results):
@@ -87,7 +105,8 @@ def main(arguments, repository=REPOSITORY):
             charts.draw(folder / f"{stem}.png", result)
         if groups := headlines(next(iter(devices.values()), {}).values()):
             charts.draw(folder / "overview.png", {"bench": "overview", "settings": {}, "groups": groups})
-    for name, parts in {"docs/benchmarks.md": details(devices), "README.md": overview(devices)}.items():
+    documents = {"docs/benchmarks.md": chain(details(devices), stages(folder)), "README.md": overview(devices)}
+    for name, parts in documents.items():
         before, body = (repository / name).read_text(), "\n\n".join(parts)
         after, number = FIGURES.subn(lambda match, body=body: f"{match[1]}\n{body}\n\n{match[2]}", before)
         if not number:

@@ -25,6 +25,9 @@ from bpo_fast.demo.tiny_llava import CHECKPOINT
 TRAINERS = {"bpo_fast BPOTrainer": "bpo_fast:BPO", "TRL DPOTrainer": "trl:DPO"}
 TEXT = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8}
 VISION = {"image_size": 336, "patch_size": 14, "vision_hidden_size": 256, "vision_layers": 8}
+TOY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+TOY |= {"image_size": 28, "vision_hidden_size": 32, "vision_layers": 2, "lora_r": 2, "vocab_size": 512}
+TOY |= {"steps": 1, "pairs": 1, "response_tokens": 6}
 TRAINING = {"learning_rate": 1e-4, "max_length": 2048, "logging_steps": 1, "save_strategy": "no", "report_to": "none"}
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
@@ -40,7 +43,11 @@ def parse(arguments):
     parser.add_argument("--output", type=Path, help="JSON path, the chart beside it (default: below bench/results)")
     for name, size in (TEXT | {"vocab_size": 32064} | VISION).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=size)
-    return parser.parse_args(arguments)
+    parser.add_argument("--toy", action="store_true", help="at toy sizes, for a rehearsal")
+    options = parser.parse_args(arguments)
+    if options.toy:
+        vars(options).update(TOY)
+    return options
 
 
 def make_llava(options):

@@ -56,6 +56,7 @@ HARMLESS = frozenset(
         "activation_checkpointing",
         "activation_checkpointing_kwargs",
         "torch_empty_cache_steps",
+        "deterministic_attention",
         # Watching and waiting.
         "strict",
         "debug",

@@ -119,3 +119,41 @@ def test_every_peer_stays():
     assert {"F.cross_entropy", "TRL selective_log_softmax"} < set(few)
     assert LINEAR_LOGPS.candidates["cut-cross-entropy"].package == "cut_cross_entropy"
     assert LINEAR_DPO.candidates["Liger DPO, trained head"].package == "liger_kernel"
+
+
+def test_calls_rotate_among_the_copies_of_a_problem(monkeypatch):
+    from measure import Candidate, Operation
+
+    seen, numbers = [], iter(range(9))
+    candidate = Candidate(lambda problem: lambda: seen.append(problem))
+    operation = Operation(
+        "op", "what", lambda o: {}, lambda o, shape: next(numbers), {"a": candidate}, with_peak=False, compared=False
+    )
+    options = SimpleNamespace(warmup=0, repeats=2, copies=3, device="cpu", dtype="float32")
+    operation.measure(options, ["a"], (), Progress())
+    assert seen == [0, 1, 2, 0, 1]  # the first step of each, then one call a repeat
+
+
+def test_times_of_a_gpu_are_those_of_its_events_with_an_empty_cache(monkeypatch):
+    import measure
+
+    happened = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            happened.append("record")
+
+        def elapsed_time(self, end):
+            return 6.0
+
+    class Buffer:
+        def zero_(self):
+            happened.append("flush")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    found = measure.elapsed(lambda: happened.append("call"), 3, Buffer())
+    assert found == pytest.approx(0.002)  # 6 ms of three calls
+    assert happened == ["flush", "record", "call", "call", "call", "record"]

@@ -26,8 +26,12 @@ VOCAB_SIZES = [1, 127, 2049, 32064, 128257]
 
 
 @pytest.fixture(autouse=True)
-def full_float32_products(monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+def full_float32_products():
+    # By hand: monkeypatch would delete the attribute at the end, which this module of PyTorch has no way to.
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -107,6 +111,7 @@ def test_policy_equal_to_reference_gives_margins_of_exactly_zero(dtype):
         assert not output.rejected_rewards.any()
 
 
+@pytest.mark.gpu("several multiprocessors")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_rows", [1, 4, 16])
 def test_few_rows_of_a_large_vocabulary_are_split(dtype, num_rows):
@@ -137,6 +142,7 @@ def test_the_gradient_over_the_logits(dtype):
         assert torch.equal(ours, expected)
 
 
+@pytest.mark.gpu("Triton")
 def test_targets_outside_the_vocabulary_give_rows_of_nan_and_read_nothing():
     targets = torch.tensor([4, -1, 2**40, 0, -100], device="cuda")
     lost = [True, True, True, False, False]
@@ -165,6 +171,7 @@ def test_the_loss_in_one_launch_is_that_of_the_table(average_logps):
         torch.testing.assert_close(ours.double(), exact.double(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.gpu("6 GiB of memory")
 def test_rows_beyond_two_to_the_31_elements():
     logits = torch.zeros(70_000, 32_064, dtype=torch.float16, device="cuda")
     logits[-1] = torch.randn(32_064)

@@ -173,6 +173,7 @@ def test_every_16_bit_word_is_cast_alike(device, dtype):
         assert torch.equal(raw(made[0]), raw(made[1]))
 
 
+@pytest.mark.gpu("12 GiB of memory")
 @on_gpu
 def test_past_2_to_the_31_elements(device):
     """64-bit offsets: the last rows of an output that 32 bits cannot address."""
