@@ -52,10 +52,10 @@ class BPOConfig(LossOptions, TrainingArguments):
             is the same in every mode. None is "full" or "none", as `gradient_checkpointing` says.
         disable_dropout: switch every dropout off, adapter's included; the reference and the policy are then one
             network.
-        bf16: by default on where training runs on a CUDA device that computes in it. A checkpoint in float16 is then
-            loaded in bfloat16.
-        deterministic_attention: add up attention's gradients on a GPU in a fixed order, by which a run has the same
-            bits every time, for some time and memory; `full_determinism` asks for it too. A CPU always does.
+        bf16: by default on where a CUDA device computes in it.
+        fused_lora: run PEFT's LoRA linears as one operation each (`models.fused_linear`), with the same adapter.
+        keep_dequantized: with nf4 and checkpointing, hold a layer's weights in 16 bits from its recomputation to its
+            backward pass: of three dequantisations a step one is saved, for the memory of a layer in 16 bits.
         strict: raise for an example that cannot be trained on; by default it is left out and listed in `output_dir`.
         precompute_ref_log_probs: keep the reference's log-probs of every pair on disk, made before the first step.
         cache_image_features: keep the vision part's output for every image on disk; no image is then decoded and no
@@ -80,9 +80,6 @@ class BPOConfig(LossOptions, TrainingArguments):
         },
     )
     bf16: bool | None = field(default=None, metadata={"help": "bfloat16 autocast; by default where CUDA has it."})
-    deterministic_attention: bool = field(
-        default=False, metadata={"help": "Add up attention's gradients in a fixed order on a GPU too; slower."}
-    )
     max_length: int | None = field(
         default=1024, metadata={"help": "Most positions of prompt, image and response; longer responses are cut."}
     )
@@ -90,6 +87,13 @@ class BPOConfig(LossOptions, TrainingArguments):
         default=None, metadata={"help": "Most tokens of one packed sequence; null packs a step's pairs in one."}
     )
     disable_dropout: bool = field(default=True, metadata={"help": "Switch every dropout off."})
+    fused_lora: bool = field(
+        default=True, metadata={"help": "Run a linear and its LoRA as one operation, q/k/v and gate/up together."}
+    )
+    keep_dequantized: bool = field(
+        default=False,
+        metadata={"help": "With nf4: hold a recomputed layer's weights in 16 bits until its backward pass."},
+    )
     strict: bool = field(
         default=False, metadata={"help": "Stop for a pair that cannot be used instead of leaving it out."}
     )
@@ -109,9 +113,7 @@ class BPOConfig(LossOptions, TrainingArguments):
 
     def __post_init__(self):
         if self.bf16 is None:
-            # Older GPUs only emulate it, which is slower than float32.
-            on_gpu = torch.cuda.is_available() and not self.use_cpu
-            self.bf16 = not self.fp16 and on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+            self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
             self.gradient_checkpointing_kwargs = dict(CHECKPOINTING)
         if isinstance(self.loss_type, str):

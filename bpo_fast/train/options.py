@@ -151,34 +151,6 @@ def check_options(config: Any) -> None:
     _check_caches(config)
 
 
-def check_devices(config: Any) -> None:
-    """Refuse several GPUs in one process, which transformers would scatter a batch over.
-
-    Raises:
-        ValueError: with the line to type instead.
-    """
-    if config.n_gpu > 1:
-        raise ValueError(
-            f"CUDA_VISIBLE_DEVICES: found {config.n_gpu} GPUs in one process, expected one a process, since packed "
-            f"sequences cannot be scattered; start it by 'torchrun --nproc_per_node {config.n_gpu} -m bpo_fast train "
-            "...', or set CUDA_VISIBLE_DEVICES=0."
-        )
-
-
-def check_batch(config: Any, num_examples: int) -> None:
-    """Refuse a batch that so many examples never fill, where only whole ones are trained on.
-
-    Raises:
-        ValueError: no step would be trained.
-    """
-    batch = config.per_device_train_batch_size * config.world_size
-    if config.dataloader_drop_last and num_examples < batch:
-        raise ValueError(
-            f"per_device_train_batch_size: found batches of {batch} for {num_examples} pairs, expected at least one "
-            "whole batch with dataloader_drop_last; lower it, or leave dataloader_drop_last out."
-        )
-
-
 def _default(item):
     return item.default if item.default_factory is MISSING else item.default_factory()
 
@@ -303,6 +275,11 @@ def _check_together(config):
     if config.bf16 and not config.use_cpu and not is_torch_bf16_gpu_available():
         raise ValueError(
             "bf16: found True and no GPU that computes in it, expected False; set bf16 to false, or use_cpu to true."
+        )
+    if config.keep_dequantized and (not config.fused_lora or config.checkpointing_mode in ("none", "selective")):
+        raise ValueError(
+            "keep_dequantized: found True without fused_lora or with a checkpointing that runs no linear again, "
+            "expected False; set fused_lora to true and checkpointing to full, offload or every_N."
         )
     evaluates = config.eval_strategy != "no"
     if config.eval_steps is not None and config.eval_strategy != "steps":

@@ -55,8 +55,8 @@ HARMLESS = frozenset(
         "gradient_checkpointing_kwargs",
         "activation_checkpointing",
         "activation_checkpointing_kwargs",
+        "keep_dequantized",
         "torch_empty_cache_steps",
-        "deterministic_attention",
         # Watching and waiting.
         "strict",
         "debug",

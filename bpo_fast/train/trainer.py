@@ -16,10 +16,11 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainerCallback, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, enable_full_determinism, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
 from bpo_fast.losses.preference import Responses, token_preference
 from bpo_fast.models.checkpointing import set_checkpointing
+from bpo_fast.models.fused_linear import fuse_linears
 from bpo_fast.models.load import load_model, load_processor
 from bpo_fast.models.lora import adapter_disabled, check_gradients, with_fresh_adapter
 from bpo_fast.models.packed_forward import enable_packed_forward, image_features, sum_branches
@@ -38,7 +39,6 @@ from bpo_fast.train.collator import PackedSequence, PreferenceCollator
 from bpo_fast.train.config import BPOConfig
 from bpo_fast.train.examples import EXAMPLE_COLUMNS, Examples
 from bpo_fast.train.finite import FiniteGuard
-from bpo_fast.train.options import check_batch, check_devices
 from bpo_fast.train.start_check import check_packed_forward
 
 UNUSABLE_FILE = "unusable_pairs.jsonl"
@@ -91,14 +91,15 @@ class BPOTrainer(Trainer):
         peft_config: PeftConfig | None = None,
     ):
         args = args or BPOConfig()
-        check_devices(args)
-        # The adapter's first weights are random. What full determinism sets has to stand before the first product.
-        enable_full_determinism(args.seed) if args.full_determinism else set_seed(args.seed)
+        _check_devices(args)
+        set_seed(args.seed)  # the adapter's first weights are random
         if isinstance(model, str | Path):
             processing_class = processing_class or load_processor(model)
-            model = load_model(model, device=args.device, float16_as=torch.bfloat16 if args.bf16 else None)
+            model = load_model(model, device=args.device)
         processing_class = processing_class or load_processor(model.config._name_or_path)
         model = with_fresh_adapter(model, peft_config)
+        if args.fused_lora:
+            fuse_linears(model, keep_dequantized=args.keep_dequantized)
         enable_packed_forward(model.get_base_model())
         if args.disable_dropout:
             for module in model.modules():
@@ -170,7 +171,7 @@ class BPOTrainer(Trainer):
     def train_from(self, checkpoint: str | None, **kwargs) -> TrainOutput:
         """`train` from a checkpoint that is known to be whole, whose files are not read for it again; None: anew."""
         self._use_checked_examples()
-        check_batch(self.args, len(self.train_dataset))
+        _check_batch(self.args, len(self.train_dataset))
         if checkpoint:
             state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
             self._num_tokens_before = state.num_input_tokens_seen
@@ -282,12 +283,7 @@ class BPOTrainer(Trainer):
         features = sequence.image_features
         if sequence.image_inputs:
             features = image_features(model, sequence.image_inputs)
-        return {
-            "packing": sequence.packing,
-            "image_features": features,
-            "image_rows": sequence.image_rows,
-            "deterministic_attention": self.args.deterministic_attention or self.args.full_determinism,
-        }
+        return {"packing": sequence.packing, "image_features": features, "image_rows": sequence.image_rows}
 
     def _sft_loss(self, model, sequence: PackedSequence):
         inputs = self._model_inputs(self.accelerator.unwrap_model(model), sequence)
@@ -387,3 +383,21 @@ def _layers_as_they_are(args: BPOConfig) -> Iterator[None]:
     finally:
         for name, value in own.items():
             setattr(args, name, value)
+
+
+def _check_devices(args: BPOConfig) -> None:
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"CUDA_VISIBLE_DEVICES: found {args.n_gpu} GPUs in one process, expected one a process, since packed "
+            f"sequences cannot be scattered; start it by 'torchrun --nproc_per_node {args.n_gpu} -m bpo_fast train "
+            "...', or set CUDA_VISIBLE_DEVICES=0."
+        )
+
+
+def _check_batch(args: BPOConfig, num_examples: int) -> None:
+    batch = args.per_device_train_batch_size * args.world_size
+    if args.dataloader_drop_last and num_examples < batch:
+        raise ValueError(
+            f"per_device_train_batch_size: found batches of {batch} for {num_examples} pairs, expected at least one "
+            "whole batch with dataloader_drop_last; lower it, or leave dataloader_drop_last out."
+        )

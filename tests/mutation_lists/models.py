@@ -199,4 +199,25 @@ MUTATIONS = [
         "    if found is None:\n",
         "tests/models/test_lora.py::test_a_copy_and_an_adapter_that_is_added_are_disabled_too",
     ),
+    Mutation(
+        "a linear's output of another input",
+        "bpo_fast/models/fused_linear.py",
+        "self._input is x and self._version == x._version",
+        "self._input is x",
+        "tests/models/test_fused_linear.py::test_siblings_with_inputs_of_their_own_and_passes_that_break_off",
+    ),
+    Mutation(
+        "an adapter's dropout left out",
+        "bpo_fast/models/fused_linear.py",
+        '    if dropout.training and getattr(dropout, "p", 0.0):\n',
+        "    if False:\n",
+        "tests/models/test_fused_linear.py::test_what_is_not_plain_lora_runs_as_in_peft_and_says_so",
+    ),
+    Mutation(
+        "a dequantised weight overwritten by another thread's",
+        "bpo_fast/ops/nf4_lora_linear.py",
+        "else threading.get_ident()",
+        "else 0",
+        "tests/models/test_fused_linear.py::test_one_buffer_serves_weights_of_all_sizes_and_each_thread_has_its_own",
+    ),
 ]

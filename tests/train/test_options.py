@@ -167,6 +167,15 @@ def test_no_number_is_infinite_negative_or_text(name, value):
             {"gradient_checkpointing_kwargs": {"every_n_layers": 2}, "gradient_checkpointing": False},
             "gradient_checkpointing_kwargs: found {'every_n_layers': 2} without gradient_checkpointing, expected",
         ),
+        ({"keep_dequantized": True, "fused_lora": False}, "keep_dequantized: found True without fused_lora"),
+        (
+            {"keep_dequantized": True, "checkpointing": "selective"},
+            "keep_dequantized: found True without fused_lora or",
+        ),
+        (
+            {"keep_dequantized": True, "gradient_checkpointing": False},
+            "keep_dequantized: found True without fused_lor",
+        ),
         (
             {"checkpointing": "half"},
             "checkpointing: found 'half', expected one of none, selective, every_N, full, offl",
