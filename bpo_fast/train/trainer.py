@@ -39,6 +39,7 @@ from bpo_fast.train.collator import PackedSequence, PreferenceCollator
 from bpo_fast.train.config import BPOConfig
 from bpo_fast.train.examples import EXAMPLE_COLUMNS, Examples
 from bpo_fast.train.finite import FiniteGuard
+from bpo_fast.train.options import check_batch, check_devices
 from bpo_fast.train.start_check import check_packed_forward
 
 UNUSABLE_FILE = "unusable_pairs.jsonl"
@@ -91,7 +92,7 @@ class BPOTrainer(Trainer):
         peft_config: PeftConfig | None = None,
     ):
         args = args or BPOConfig()
-        _check_devices(args)
+        check_devices(args)
         set_seed(args.seed)  # the adapter's first weights are random
         if isinstance(model, str | Path):
             processing_class = processing_class or load_processor(model)
@@ -171,7 +172,7 @@ class BPOTrainer(Trainer):
     def train_from(self, checkpoint: str | None, **kwargs) -> TrainOutput:
         """`train` from a checkpoint that is known to be whole, whose files are not read for it again; None: anew."""
         self._use_checked_examples()
-        _check_batch(self.args, len(self.train_dataset))
+        check_batch(self.args, len(self.train_dataset))
         if checkpoint:
             state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
             self._num_tokens_before = state.num_input_tokens_seen
@@ -383,21 +384,3 @@ def _layers_as_they_are(args: BPOConfig) -> Iterator[None]:
     finally:
         for name, value in own.items():
             setattr(args, name, value)
-
-
-def _check_devices(args: BPOConfig) -> None:
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"CUDA_VISIBLE_DEVICES: found {args.n_gpu} GPUs in one process, expected one a process, since packed "
-            f"sequences cannot be scattered; start it by 'torchrun --nproc_per_node {args.n_gpu} -m bpo_fast train "
-            "...', or set CUDA_VISIBLE_DEVICES=0."
-        )
-
-
-def _check_batch(args: BPOConfig, num_examples: int) -> None:
-    batch = args.per_device_train_batch_size * args.world_size
-    if args.dataloader_drop_last and num_examples < batch:
-        raise ValueError(
-            f"per_device_train_batch_size: found batches of {batch} for {num_examples} pairs, expected at least one "
-            "whole batch with dataloader_drop_last; lower it, or leave dataloader_drop_last out."
-        )

@@ -104,7 +104,7 @@ MUTATIONS = [
     Mutation(
         "packed sequences scattered over several GPUs",
         "bpo_fast/train/trainer.py",
-        "        _check_devices(args)\n",
+        "        check_devices(args)\n",
         "",
         "tests/train/test_trainer.py::test_several_gpus_in_one_process_are_refused_with_the_line_to_type",
     ),
@@ -125,7 +125,7 @@ MUTATIONS = [
     Mutation(
         "a batch larger than the data, all of which is dropped",
         "bpo_fast/train/trainer.py",
-        "        _check_batch(self.args, len(self.train_dataset))\n",
+        "        check_batch(self.args, len(self.train_dataset))\n",
         "",
         "tests/train/test_run.py::test_nothing_to_train_is_said",
     ),
