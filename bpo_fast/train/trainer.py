@@ -186,6 +186,7 @@ class BPOTrainer(Trainer):
         if not checkpoint:  # a resumed run's log is that of one that was not stopped
             self._start_difference = difference
         use_caches(self, self._kept_reference)
+        self._gradients_unseen = True
         with _layers_as_they_are(self.args):
             output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         self._guard.check()
@@ -235,7 +236,8 @@ class BPOTrainer(Trainer):
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm)
-        if self.state.global_step == self._initial_global_step:
+        if self._gradients_unseen:
+            self._gradients_unseen = False
             check_gradients(self.model)
         # A loss scaler skips a step whose gradients overflow by itself.
         self._guard.end_step(self.state.global_step + 1, None if self.accelerator.scaler is not None else norm)

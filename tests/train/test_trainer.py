@@ -18,7 +18,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny_models import make_llava, make_pairs, make_processor
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from bpo_fast import BPOConfig, BPOTrainer
 from bpo_fast.train.checkpoints import last_complete_checkpoint
@@ -380,3 +380,16 @@ def test_layers_run_again_as_often_as_was_asked(tmp_path, options, layers_run):
     assert sum(runs) == layers_run
     # Vision layers run once, without gradients, and are left alone.
     assert not any(layer.gradient_checkpointing for layer in model.model.vision_tower.encoder.layers)
+
+
+def test_training_reads_nothing_that_the_oldest_transformers_lacks(tmp_path, monkeypatch):
+    def private(trainer):
+        # transformers' own, of newer ones: 5.17 has none.
+        assert not sys._getframe(1).f_globals["__name__"].startswith("bpo_fast")
+        return vars(trainer)["step before"]
+
+    def keep(trainer, step):
+        vars(trainer)["step before"] = step
+
+    monkeypatch.setattr(Trainer, "_initial_global_step", property(private, keep), raising=False)
+    assert run(tmp_path, max_steps=1).state.global_step == 1
