@@ -24,8 +24,8 @@ aot: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(VENV)/bin/python bench/throughput.py
-	$(VENV)/bin/python bench/kernels.py
-	$(VENV)/bin/python bench/kernels.py --sweep
+	$(VENV)/bin/python bench/losses.py
+	$(VENV)/bin/python bench/losses.py --sweep
 	$(VENV)/bin/python bench/noise.py
 	$(VENV)/bin/python bench/noise.py --dtype bfloat16
 	$(VENV)/bin/python bench/tables.py

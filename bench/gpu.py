@@ -53,6 +53,16 @@ class Stage:
     stand_in: dict = field(default_factory=dict)
 
 
+LLAVA_7B = [
+    "--hidden-size",
+    4096,
+    "--intermediate-size",
+    11008,
+    "--num-hidden-layers",
+    32,
+    "--num-attention-heads",
+    32,
+]
 INTERPRETED = {"stand_in": {"TRITON_INTERPRET": "1"}}
 STAGES = {
     "build": Stage(
@@ -89,8 +99,8 @@ STAGES = {
     "kernels": Stage(
         "the losses beside their peers",
         4,
-        [["bench/kernels.py", "--vocab-size", 131072]],
-        [["bench/kernels.py", *CPU, "--levels", "dpo", "token_logps, 4", "--logits-shape", 2, 8, 64, "--in-process"]],
+        [["bench/losses.py", "--vocab-size", 131072]],
+        [["bench/losses.py", *CPU, "--levels", "dpo", "token_logps, 4", "--logits-shape", 2, 8, 64, "--in-process"]],
         ("trl", "liger_kernel", "cut_cross_entropy"),
     ),
     "tune": Stage(
@@ -103,9 +113,19 @@ STAGES = {
     "throughput": Stage(
         "training steps beside TRL's",
         8,
-        [["bench/throughput.py"]],
-        [["bench/throughput.py", "--toy"]],
+        [["bench/throughput.py", "--as", "a40", "--steps", 3]],
+        [["bench/throughput.py", "--toy", "--rows", "Trainer", "caches", "prefixes", "pairs", "every_2"]],
         ("trl", "liger_kernel", "bitsandbytes", "flash_attn"),
+    ),
+    "cards": Stage(
+        "13B within 24 GB, 7B within 16 GB",
+        2,
+        [
+            ["bench/throughput.py", "--as", "rtx3090", "--steps", 2, "--rows", "checkpointing full"],
+            ["bench/throughput.py", "--as", "rtx4080", "--steps", 2, "--rows", "checkpointing full", *LLAVA_7B],
+        ],
+        [["bench/throughput.py", "--toy", "--as", "rtx4080", "--rows", "checkpointing full"]],
+        ("bitsandbytes", "flash_attn"),
     ),
 }
 

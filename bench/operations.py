@@ -1,4 +1,4 @@
-"""The losses that `kernels.py` measures: ours, plain PyTorch, peers and floors, over tensors that all of them share.
+"""The losses that `losses.py` measures: ours, plain PyTorch, peers and floors, over tensors that all of them share.
 
 A step is one forward and, if there is one, backward pass. A process that runs one peer imports no other.
 """

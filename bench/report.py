@@ -23,11 +23,16 @@ def memory_words(peak_bytes):
 COLUMNS = {
     "launch": ("columns*unroll x warps / splits", str),
     "pairs_per_second": ("pairs/s (higher is better)", "{:.3f}".format),
+    "tokens_per_second": ("tokens/s", "{:,.0f}".format),
     "median": ("median time", time_words),
     "quartiles": ("quartiles", lambda pair: " - ".join(map(time_words, pair))),
     "time_ratio": ("of {reference}'s time", "{:.3g}x".format),
     "floor_ratio": ("of the floor's time", "{:.3g}x".format),
+    "recompute_floor_ratio": ("of the floor with recompute", "{:.3g}x".format),
+    "projected": ("projected", time_words),
+    "fill_seconds": ("filling caches", time_words),
     "peak_bytes": ("peak MiB", memory_words),
+    "forecast_bytes": ("forecast MiB", memory_words),
     "peak_ratio": ("of {reference}'s peak", "{:.3g}x".format),
 }
 

@@ -105,7 +105,8 @@ def test_stages_fit_their_limits_and_name_files_that_are_there():
         assert found.minutes <= 8
         for part in (str(part) for command in found.commands + found.rehearsed for part in command):
             assert not part.endswith(".py") or (gpu.REPOSITORY / part).is_file(), (name, part)
-    assert sum(found.minutes for found in gpu.STAGES.values()) == gpu.MINUTES
+    # The limits, most of which are not reached: all of it has its own.
+    assert gpu.MINUTES <= sum(found.minutes for found in gpu.STAGES.values()) <= gpu.MINUTES + 5
     assert sys.executable in gpu.STAGES["sanitizer"].commands[0]
 
 

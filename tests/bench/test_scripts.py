@@ -1,11 +1,10 @@
 """Each script of bench/ as a whole, at toy size. No time is asserted."""
 
-import importlib.util
 import json
 
 import pytest
 import torch
-from benching import BENCH, Progress, run
+from benching import run
 
 
 def test_the_sweep_of_launches_puts_the_rule_beside_the_best():
@@ -46,7 +45,7 @@ def test_the_losses_from_end_to_end(tmp_path):
     output = tmp_path / "kernels.json"
     sizes = ("--hidden-size", 16, "--vocab-size", 64, "--logits-shape", 2, 8, 64, "--repeats", 2)
     levels = ("--device", "cpu", "--dtype", "float32", "--levels", "token_logps, 16")
-    done = run("kernels.py", *levels, *sizes, "--output", output)
+    done = run("losses.py", *levels, *sizes, "--output", output)
     rows = kept(done, output)["groups"]["token_logps, 16 rows"]["rows"]
     assert {"bpo_fast", "eager", "torch.compile", "F.cross_entropy", "floor"} <= set(rows)
     for name, found in rows.items():
@@ -54,21 +53,14 @@ def test_the_losses_from_end_to_end(tmp_path):
         assert name == "floor" or "missing" in found or found["agrees"]
 
 
-@pytest.fixture
-def kernels():
-    """bench/kernels.py by its path: "kernels" is also what the repository's folder of that name answers to."""
-    spec = importlib.util.spec_from_file_location("bench_kernels", BENCH / "kernels.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def test_the_sweep_over_tokens_and_vocabulary(tmp_path, monkeypatch):
+    import losses
 
-
-def test_the_sweep_over_tokens_and_vocabulary(kernels, tmp_path, monkeypatch):
     output = tmp_path / "sweep.json"
     points = ["--sweep-tokens=16", "--sweep-vocab-size=64", "--sweep-vocabularies=128", "--sweep-fixed-tokens=8"]
     options = ["--device=cpu", "--dtype=float32", "--sweep", *points, "--hidden-size=16", "--repeats=1"]
-    monkeypatch.setattr(kernels, "SWEEP", ("bpo_fast", "eager"))
-    assert kernels.main([*options, f"--output={output}"]) == 0
+    monkeypatch.setattr(losses, "SWEEP", ("bpo_fast", "eager"))
+    assert losses.main([*options, f"--output={output}"]) == 0
     groups = json.loads(output.read_text())["groups"]
     assert {title: found["shape"] for title, found in groups.items()} == {
         "tokens 16": {"sequences": 2, "tokens": 16, "H": 16, "V": 64},
@@ -79,8 +71,10 @@ def test_the_sweep_over_tokens_and_vocabulary(kernels, tmp_path, monkeypatch):
     assert output.with_suffix(".png").exists()
 
 
-def test_a_level_that_is_not_there_is_said(kernels):
-    said = kernels.main(["--levels", "no_such_level"])
+def test_a_level_that_is_not_there_is_said():
+    import losses
+
+    said = losses.main(["--levels", "no_such_level"])
     assert said.startswith("--levels: found no_such_level, expected the beginning of one of: linear_dpo_loss, linear_")
 
 
@@ -93,23 +87,6 @@ def test_the_noise_from_end_to_end(tmp_path):
         assert not any("missing" in row for row in found["rows"].values())
     rows = groups["one level"]["rows"]
     assert rows["clone"]["floor_ratio"] == rows["floor"]["floor_ratio"] == 1.0
-
-
-def test_both_trainers_train_on_the_same_batches():
-    import throughput
-
-    sizes = ["--hidden-size=32", "--intermediate-size=48", "--num-hidden-layers=2", "--num-attention-heads=2"]
-    sizes += ["--vocab-size=512", "--image-size=28", "--vision-hidden-size=32", "--vision-layers=2", "--lora-r=2"]
-    options, progress = throughput.parse(["--steps=1", "--pairs=1", "--response-tokens=6", *sizes]), Progress()
-    found = throughput.measure(True, options, progress)
-    assert progress.n == 4
-    assert found["shape"] == {"pairs": 1, "image tokens": 4, "LoRA r": 2, "response tokens": 6, "H": 32, "V": 512}
-    ours, theirs = found["rows"]["bpo_fast BPOTrainer"], found["rows"]["TRL DPOTrainer"]
-    assert len(ours["losses"]) == 2
-    assert ours["losses"] == pytest.approx(theirs["losses"], abs=1e-4)
-    assert ours["peak_bytes"] > 1 << 20
-    assert ours["pairs_per_second"] == pytest.approx(1 / ours["median"])
-    assert theirs["time_ratio"] == theirs["peak_ratio"] == 1.0
 
 
 def test_the_sweep_of_launches_under_the_interpreter(tmp_path):

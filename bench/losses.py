@@ -1,4 +1,4 @@
-"""Time and memory of the losses beside their peers: `python bench/kernels.py` prints tables, writes JSON and a chart.
+"""Time and memory of the losses beside their peers: `python bench/losses.py` prints tables, writes JSON and a chart.
 
 All candidates of an operation work on the same tensors in one interleaved run. Extra peak memory is that of one step:
 on CUDA what its allocator counts; on the CPU in a fresh process, after one of toy size has imported what is imported
