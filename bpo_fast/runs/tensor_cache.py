@@ -30,7 +30,7 @@ _UNITS = 64
 _PART_ITEMS = 64
 _POLL_SECONDS = 0.2
 # A tensor's place in the header of a shard.
-ENTRY_BYTES = 200
+ENTRY_BYTES = 150
 
 Make = Callable[[list[list[int]]], Iterator[dict[str, torch.Tensor]]]
 
@@ -198,8 +198,8 @@ class TensorCache:
     ) -> None:
         """Make what is missing; it returns when every key of `items` is on disk, whoever made it.
 
-        Which items are made together depends on `items` alone, not on what is there already or on who makes it: after
-        a kill the same tensors come out.
+        Which items are made together depends on `items` and what was there at first, not on kills or on who makes
+        them: a fill that was killed and goes on makes the same tensors.
 
         Args:
             items: tuples of keys that are made together; the first key of each is its own.
@@ -222,10 +222,9 @@ class TensorCache:
             self._check_room(num_bytes(missing), len(missing), len(items), unit, report)
         with writing(self.folder, self.folder / "locks", *self.folder.parents):
             (self.folder / "locks").mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / "settings.json", self.settings)
-        self._sweep()
+        self._tidy()
         bar = tqdm(total=len(items), unit=unit, desc=f"caching {self.name}", disable=not progress)
-        waiting, said = _parts(items, chunk_size), False
+        waiting, said = _parts(items), False
         with bar:
             while waiting:
                 self._show(bar, items)
@@ -233,13 +232,13 @@ class TensorCache:
                 for part in waiting:
                     with self._claim(part.units) as claimed:
                         if claimed:
-                            self._look()
-                            self._make_part(part, items, make, bar)
+                            self._look()  # what others have made since
+                            self._make_part(part, items, make, chunk_size, bar)
                         else:
                             left.append(part)
                 if len(left) == len(waiting):
                     self._look()
-                    left = [part for part in left if self._missing_chunks(part, items)]
+                    left = [part for part in left if any(self._misses(items[number]) for number in part.members)]
                     if left and not said:
                         said = True
                         report(f"{self.folder}: found another process that makes the rest of it; waiting for it.")
@@ -250,9 +249,6 @@ class TensorCache:
 
     def _misses(self, keys):
         return any(key not in self._shard_of for key in keys)
-
-    def _missing_chunks(self, part, items):
-        return [chunk for chunk in part.chunks if any(self._misses(items[number]) for number in chunk)]
 
     def _show(self, bar, items):
         bar.n = sum(not self._misses(keys) for keys in items)
@@ -271,15 +267,17 @@ class TensorCache:
             f"where {size(free)} are free"
         )
 
-    def _make_part(self, part, items, make, bar):
-        chunks = self._missing_chunks(part, items)
+    def _make_part(self, part, items, make, chunk_size, bar):
+        # Whole chunks are made in a fixed order, so after a kill those that are left are what they would have been.
+        missing = [number for number in part.members if self._misses(items[number])]
+        chunks = [missing[start : start + chunk_size] for start in range(0, len(missing), chunk_size)]
         temporary = self.folder / f".{part.units[0]:02}.tmp"
         pending: dict[str, torch.Tensor] = {}
         num_bytes, began = 0, time.monotonic()
         for chunk, tensors in zip(chunks, make(chunks), strict=True):
-            missing = {key for number in chunk for key in items[number] if key not in self._shard_of}
-            bar.update(sum(self._misses(items[number]) for number in chunk))
-            made = {key: tensors[key].detach().cpu().contiguous() for key in sorted(missing)}
+            keys = dict.fromkeys(key for number in chunk for key in items[number] if key not in self._shard_of)
+            made = {key: tensors[key].detach().cpu().contiguous() for key in keys}
+            bar.update(len(chunk))
             pending |= made
             num_bytes += sum(tensor.nbytes for tensor in made.values())
             if num_bytes >= SHARD_BYTES or time.monotonic() - began >= SHARD_SECONDS:
@@ -307,8 +305,12 @@ class TensorCache:
         self._looked_at.add(name)
         self._shard_of |= dict.fromkeys(tensors, name)
 
-    def _sweep(self):
-        """Remove what killed processes left half-written; a living one holds the lock of its own."""
+    def _tidy(self):
+        """Say what the cache is of, and remove what killed processes left half-written; living ones hold a lock."""
+        with self._commit_lock():
+            for path in self.folder.glob(".settings.json.*.tmp"):
+                path.unlink(missing_ok=True)
+            write_json(self.folder / "settings.json", self.settings)
         for path in self.folder.glob(".[0-9][0-9].tmp"):
             with self._claim([int(path.stem[1:])]) as claimed:
                 if claimed:
@@ -319,10 +321,7 @@ class TensorCache:
         """Hold the locks of `units`, or say that another process has one of them."""
         with ExitStack() as stack:
             for unit in units:
-                file = stack.enter_context((self.folder / "locks" / f"{unit:02}").open("ab"))
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
+                if not self._lock(stack, f"{unit:02}", fcntl.LOCK_NB):
                     stack.close()
                     yield False
                     return
@@ -331,36 +330,39 @@ class TensorCache:
     @contextmanager
     def _commit_lock(self) -> Iterator[None]:
         """Held for a moment, while a shard takes its name or is removed."""
-        with (self.folder / "locks" / "commit").open("ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with ExitStack() as stack:
+            self._lock(stack, "commit")
             yield
+
+    def _lock(self, stack, name, how=0):
+        path = self.folder / "locks" / name
+        with writing(self.folder, path):
+            file = stack.enter_context(path.open("ab"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | how)
+            except BlockingIOError:
+                return False
+        return True
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A part of the work: the locks that stand for it, and its items in chunks."""
+    """A part of the work: the locks that stand for it, and numbers of its items."""
 
     units: range
-    chunks: list[list[int]]
+    members: list[int]
 
 
-def _parts(items: Sequence[tuple[str, ...]], chunk_size: int) -> list[_Part]:
+def _parts(items: Sequence[tuple[str, ...]]) -> list[_Part]:
     # A power of two: parts of fills of other sizes lie in one another, and their locks with them.
     count = 1
     while count < _UNITS and count * _PART_ITEMS < len(items):
         count *= 2
-    numbers: list[list[int]] = [[] for _ in range(count)]
-    for number in sorted(range(len(items)), key=lambda number: items[number]):
-        numbers[zlib.crc32(items[number][0].encode()) % _UNITS * count // _UNITS].append(number)
+    members: list[list[int]] = [[] for _ in range(count)]
+    for number in sorted(range(len(items)), key=lambda number: items[number][0]):
+        members[zlib.crc32(items[number][0].encode()) % _UNITS * count // _UNITS].append(number)
     width = _UNITS // count
-    return [
-        _Part(
-            range(place * width, (place + 1) * width),
-            [members[start : start + chunk_size] for start in range(0, len(members), chunk_size)],
-        )
-        for place, members in enumerate(numbers)
-        if members
-    ]
+    return [_Part(range(n * width, (n + 1) * width), members[n]) for n in range(count) if members[n]]
 
 
 def size(num_bytes: int) -> str:

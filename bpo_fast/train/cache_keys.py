@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from bpo_fast.models.tensors import tensors_fingerprint
 from bpo_fast.runs.fingerprint import fingerprint
 from bpo_fast.train.check_pairs import each_row, processor_state
 from bpo_fast.train.collator import PreferenceCollator, example_images
-from bpo_fast.train.examples import EXAMPLE_COLUMNS, Examples, ImagesShown
+from bpo_fast.train.examples import Examples, ImagesShown
 from bpo_fast.train.kept import digest, pair_key, prompt_key
 
 # Raised when what a cache holds under the same keys changes.
@@ -79,20 +78,21 @@ class _Keys:
 
     def __init__(self, examples: Examples, collator: PreferenceCollator):
         self.examples, self.collator = examples, collator
-        self.raw = None
-        dataset = examples.dataset
+        self.raw, dataset = None, examples.dataset
         # A transform of the user's own decides what an example is; its rows are read as training reads them.
         if isinstance(dataset, Dataset) and dataset.format["type"] is None:
-            names = [name for name in EXAMPLE_COLUMNS if name in dataset.column_names]
-            self.raw = dataset.select_columns(names).with_format("arrow")
+            names = [name for name in ("images", "image") if name in dataset.column_names]
+            self.raw = dataset.select_columns(names[:1]).with_format("arrow")
+            self.text = dataset.select_columns([name for name in dataset.column_names if name not in names])
 
     def __getitem__(self, place: int) -> ExampleKeys:
-        if self.raw is None:
+        number = self.examples.numbers[place]
+        marks = None if self.raw is None else _files(self.raw[number])
+        if marks is None:
             example = self.examples.whole(place)
             marks = list(map(_pixels, example_images(example)))
         else:
-            (example,) = self.raw[self.examples.numbers[place]].to_pylist()
-            marks = list(_files(example["images"] if "images" in example else example["image"]))
+            example = self.text[number]
         # Some families cut an image otherwise where a prompt shows several.
         shown = ImagesShown(f"images-{digest(marks)}" if marks else None, len(marks))
         prompt, answers = self.collator.render(example, shown.count)
@@ -100,14 +100,19 @@ class _Keys:
         return ExampleKeys(shown, *keys)
 
 
-def _files(images: Any) -> Iterator[str]:
-    """The SHA-256 of each image as it is kept: its bytes, or its file."""
+def _files(row: Any) -> list[str] | None:
+    """The SHA-256 of each image of an Arrow row as it is kept, its bytes or its file; None where that is neither."""
+    (images,) = row.column(0).to_pylist()
+    marks = []
     for image in images if isinstance(images, list) else [] if images is None else [images]:
+        if not isinstance(image, dict) or (image["bytes"] is None and not os.path.isfile(image["path"])):
+            return None
         if image["bytes"] is not None:
-            yield f"file {hashlib.sha256(image['bytes']).hexdigest()}"
+            marks.append(f"file {hashlib.sha256(image['bytes']).hexdigest()}")
         else:
             with open(image["path"], "rb") as file:
-                yield f"file {hashlib.filedigest(file, 'sha256').hexdigest()}"
+                marks.append(f"file {hashlib.file_digest(file, 'sha256').hexdigest()}")
+    return marks
 
 
 def _pixels(image: Image.Image) -> str:

@@ -1,6 +1,7 @@
 """Both caches of a training, filled before its first step: see `feature_cache` and `reference_cache`."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from transformers import Trainer
@@ -38,7 +39,7 @@ def use_caches(trainer: Trainer, reference: Callable[[PackedSequence], torch.Ten
     datasets = [trainer.train_dataset, *(dataset for dataset in evaluated_on if dataset is not None)]
     is_first = args.local_process_index == 0
     progress = is_first and not args.disable_tqdm
-    how = {"report": print if is_first else _nothing, "progress": progress}
+    how = {"report": partial(print, flush=True) if is_first else _nothing, "progress": progress}
     precision = trainer.accelerator.mixed_precision
     settings = cache_settings(model, collator.processor, precision, progress=progress)
     keys = [example_keys(dataset, collator, desc="reading pairs", progress=progress) for dataset in datasets]
