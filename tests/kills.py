@@ -4,9 +4,13 @@ Each command runs once undisturbed in a small world. Then it is started, stopped
 uniformly over the length of that run, started again, and so on; whenever it comes to its end its result files must
 hold the same bytes as those of the undisturbed run, and a finished run that is started again must not touch them.
 Any difference, a status that the signal does not explain, or a stack trace ends the script with code 1.
+
+"caches" is a training that keeps image features and the reference's log-probs in a cache of its own, in small shards
+that are written slowly, so that signals hit them; after each signal every shard must hold what its name says.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import random
@@ -36,14 +40,27 @@ train: {dataset: pairs.json, use_cpu: true, max_steps: 60, save_steps: 4, save_t
         disable_dropout: false, report_to: none}
 evaluate: {questions: questions.json, kind: pope, max_new_tokens: 48, batch_size: 2}
 """
+TRAINED = ("adapter_model.safetensors", "adapter_config.json")
 RESULTS = {
     "bootstrap": ("pairs.jsonl", "skipped.jsonl", "metadata.json", "responses.jsonl"),
-    "train": ("adapter_model.safetensors", "adapter_config.json"),
+    "train": TRAINED,
+    "caches": TRAINED,
     "evaluate": ("answers.jsonl", "scores.json", "skipped.jsonl", "metadata.json", "responses.jsonl"),
 }
 # The second status is that of a process whose own handlers are not there yet.
 STATUSES = {signal.SIGKILL: (-9,), signal.SIGTERM: (143, -15), signal.SIGINT: (130, -2)}
 GOES_ON = "the same command resumes"
+RUN = "import sys; from bpo_fast.cli.main import main; sys.exit(main())"
+SLOWLY = """
+import time
+from bpo_fast.runs import tensor_cache
+write, tensor_cache.SHARD_BYTES = tensor_cache.save_file, 2048
+def save_file(tensors, path, metadata):
+    path.write_bytes(b"half a shard")
+    time.sleep(0.2)
+    write(tensors, path, metadata)
+tensor_cache.save_file = save_file
+"""
 
 
 def make_larger_world(folder):
@@ -70,7 +87,10 @@ def make_larger_world(folder):
 def start(world, command, out):
     """The command as a process, its output in files beside `out`."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    line = [sys.executable, "-m", "bpo_fast.cli.main", command, "--config", "run.yaml", "--output_dir", out]
+    line = [sys.executable, "-c", RUN, command, "--config", "run.yaml", "--output_dir", out]
+    if command == "caches":
+        kept = ("cache_image_features", "true", "precompute_ref_log_probs", "true", "cache_dir", f"{out}-cache")
+        line = [*line[:2], SLOWLY + RUN, "train", *line[4:], *(f"--{kept[n]}={kept[n + 1]}" for n in range(0, 6, 2))]
     with (world / "stdout").open("w") as stdout, (world / "stderr").open("w") as stderr:
         return subprocess.Popen(line, cwd=world, env=environment, stdout=stdout, stderr=stderr)
 
@@ -89,8 +109,9 @@ def results(folder, command):
 
 def progress(folder, command):
     """How far a run has come, in words."""
-    if command == "train":
-        return f"{len(list(folder.glob('checkpoint-*/trainer_state.json')))} checkpoints"
+    if command in ("train", "caches"):
+        shards = len(list(folder.parent.glob(f"{folder.name}-cache/*/*/*.safetensors")))
+        return f"{shards} shards, {len(list(folder.glob('checkpoint-*/trainer_state.json')))} checkpoints"
     journal = folder / "responses.jsonl"
     return f"{len(journal.read_bytes().splitlines()) if journal.exists() else 0} responses"
 
@@ -100,6 +121,12 @@ def differences(world, out, command, wanted):
     found = results(world / out, command)
     names = sorted(name for name in wanted | found if wanted.get(name) != found.get(name))
     return [f"{out}/{name} differs from that of the undisturbed run" for name in names]
+
+
+def damaged_shards(world, out):
+    """Shards of a run's cache that do not hold what their names say: a sentence each."""
+    paths = world.glob(f"{out}-cache/*/*/*.safetensors")
+    return [f"{path} is damaged" for path in paths if hashlib.sha256(path.read_bytes()).hexdigest() != path.stem]
 
 
 def finish(world, command, out):
@@ -134,6 +161,7 @@ def stop_and_go(world, command, signals, rng):
             status = process.wait()
             if status != 0:
                 sent += 1
+                wrong += damaged_shards(world, out)
                 how = f"[{sent}/{len(signals)}] {signum.name:7} at {moment:5.1f} s, status {status:4}"
                 print(f"{command}: {how}, {out} with {progress(world / out, command)}", flush=True)
                 text = (world / "stderr").read_text()
