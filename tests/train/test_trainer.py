@@ -243,6 +243,8 @@ class Counting(BPOTrainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
 options = dict(max_steps=5, per_device_train_batch_size=2, token_budget={token_budget})
+if {token_budget}:
+    options |= dict(cache_image_features=True, precompute_ref_log_probs=True, cache_dir={folder!r} + "-cache")
 trainer = run({folder!r}, trainer_class=Counting, **options)
 counts = [None, None]
 torch.distributed.all_gather_object(counts, Counting.counts)
@@ -257,7 +259,10 @@ if trainer.is_world_process_zero():
 
 @pytest.mark.parametrize("token_budget", [None, 52])
 def test_two_processes_train_as_one(tmp_path, token_budget):
-    """A budget gives the ranks different numbers of packed sequences, and gradients are exchanged once a step."""
+    """A budget gives the ranks different numbers of packed sequences, and gradients are exchanged once a step.
+
+    With it they keep image features and the reference's log-probs, too, which they make together.
+    """
     alone = run(tmp_path / "alone", max_steps=5, per_device_train_batch_size=4)
     script = tmp_path / "rank.py"
     places = {"tests": TESTS, "folder": str(tmp_path / "two"), "answer": str(tmp_path / "answer")}
@@ -271,6 +276,8 @@ def test_two_processes_train_as_one(tmp_path, token_budget):
     assert (first != second) == (token_budget is not None)
     for name, values in zip(names, histories, strict=True):
         assert values == pytest.approx(history(alone, name), rel=1e-4, abs=1e-5), name
+    kept = [len(load_file(path)) for path in (tmp_path / "two-cache").glob("*/*/*.safetensors")]
+    assert sum(kept) == (24 * 3 if token_budget else 0)  # each once: features, ids of the prompt, log-probs
 
 
 @pytest.mark.parametrize(
