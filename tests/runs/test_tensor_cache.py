@@ -194,7 +194,13 @@ def test_processes_that_fill_at_once_share_the_work(tmp_path):
 
 
 def test_killed_at_any_moment_nothing_is_read_half_written_and_nothing_whole_is_made_again(tmp_path, monkeypatch):
+    def slowly(tensors, path, metadata):
+        path.write_bytes(b"half a shard")
+        time.sleep(0.002)
+        save_file(tensors, path, metadata)
+
     monkeypatch.setattr(tensor_cache, "SHARD_BYTES", 2000)
+    monkeypatch.setattr(tensor_cache, "save_file", slowly)
     rng = random.Random(0)
 
     def run():
@@ -205,7 +211,7 @@ def test_killed_at_any_moment_nothing_is_read_half_written_and_nothing_whole_is_
     kept = set()
     for _ in range(12):
         child = in_a_child(run)
-        time.sleep(rng.uniform(0, 0.06))
+        time.sleep(rng.uniform(0, 0.1))
         os.kill(child.pid, signal.SIGKILL)
         child.join()
         assert child.exitcode in (-9, 0)
