@@ -101,6 +101,12 @@ def _dependency(requirement):
 def _optional(name, module, purpose, remedy):
     if find_spec(module) is None:
         return Finding(name, "missing", f"found none; adds {purpose}", remedy)
+    if module == "flash_attn":
+        from bpo_fast.models.flash import flash_function
+
+        function, found = flash_function(module)
+        if function is None:
+            return Finding(name, "missing", f"passed over, since {found}", remedy)
     try:
         return Finding(name, "ok", version(name))
     except PackageNotFoundError:
@@ -160,7 +166,7 @@ def _cuda_op():
 def _attention(device_type):
     name = f"attention on {device_type}"
     try:
-        from bpo_fast.models.attention import choose_backend
+        from bpo_fast.models.flash import choose_backend
 
         backend, reason = choose_backend(device_type)
     except Exception as error:  # transformers or torch broken: reported above

@@ -116,3 +116,17 @@ def test_the_cuda_half_is_required_where_torch_has_a_gpu(monkeypatch):
     for torch_sees_one, status in ((True, "broken"), (False, "missing")):
         monkeypatch.setattr(doctor, "_torch_cuda", lambda seen=torch_sees_one: seen)
         assert doctor._cuda_op().status == status
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [(None, "passed over, since flash-attn does not import (ImportError: undefined symbol: _ZN3c10)"), (print, "9.9")],
+)
+def test_a_flash_attn_that_cannot_be_called_is_told_with_its_reason(monkeypatch, found, said):
+    reason = "flash-attn does not import (ImportError: undefined symbol: _ZN3c10)"
+    monkeypatch.setattr(doctor, "find_spec", lambda name: True)
+    monkeypatch.setattr(doctor, "version", lambda name: "9.9")
+    monkeypatch.setattr("bpo_fast.models.flash.flash_function", lambda backend: (found, reason))
+    line = doctor._optional("flash-attn", "flash_attn", "kernels", "pip install 'flash-attn>=2.8'")
+    assert (line.status, line.detail) == ("ok" if found else "missing", said)
+    assert bool(line.remedy) == (found is None)

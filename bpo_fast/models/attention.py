@@ -6,23 +6,23 @@ keep this implementation switched on for its whole life. Some decoders drop the 
 call no attention: `counted_attention` tells a packed forward what its layers did.
 """
 
-import functools
-import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from bpo_fast.models.flash import choose_backend, flash_attention
 from bpo_fast.models.packing import Packing
 from bpo_fast.ops.gather_rows import gather_rows
+from bpo_fast.ops.precision import autocast_dtype
 
 ATTENTION_NAME = "bpo_fast_packed"
 
@@ -60,56 +60,6 @@ def counted_attention() -> Iterator[AttentionCalls]:
         _CALLS.reset(token)
 
 
-@functools.cache
-def choose_backend(device_type: str, dtype: torch.dtype = torch.bfloat16) -> tuple[str, str]:
-    """The back end that packed attention uses on a device, and why.
-
-    Args:
-        device_type: "cuda", "cpu", ...
-        dtype: of queries, keys and values.
-
-    Returns:
-        (name, reason), name one of "flash_attn", "torch_varlen", "sdpa".
-
-    Example:
-        >>> choose_backend("cpu")[0]
-        'sdpa'
-    """
-    if device_type != "cuda":
-        return "sdpa", f"variable-length FlashAttention needs a CUDA device, and this one is '{device_type}'"
-    if dtype not in (torch.float16, torch.bfloat16):
-        return "sdpa", f"FlashAttention takes float16 and bfloat16 only, and the tensors are {dtype}"
-    if find_spec("flash_attn") is not None:
-        return "flash_attn", "flash-attn is installed"
-    if find_spec("torch.nn.attention.varlen") is not None:
-        return "torch_varlen", "flash-attn is not installed; torch's own variable-length FlashAttention is there"
-    return "sdpa", "neither flash-attn nor torch.nn.attention.varlen is there; pip install flash-attn, or torch>=2.11"
-
-
-@functools.cache
-def _torch_varlen():
-    """torch's varlen_attn with causal alignment at the bottom right, whichever way this release spells it."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    named = "is_causal" in inspect.signature(varlen_attn).parameters
-    return functools.partial(varlen_attn, **({"is_causal": True} if named else {"window_size": (-1, 0)}))
-
-
-def _varlen_attention(query, key, value, packing, scaling, backend):
-    """query [S, heads, D], key and value [S, kv_heads, D] -> [S, heads, D] by one variable-length call."""
-    key = gather_rows(key, packing.kv_index, packing.kv_rounds)
-    value = gather_rows(value, packing.kv_index, packing.kv_rounds)
-    bounds = (packing.cu_seqlens_q, packing.cu_seqlens_k, packing.max_seqlen_q, packing.max_seqlen_k)
-    if backend == "flash_attn":
-        from flash_attn import flash_attn_varlen_func
-
-        return flash_attn_varlen_func(query, key, value, *bounds, softmax_scale=scaling, causal=True)
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    return _torch_varlen()(query, key, value, *bounds, scale=scaling)
-
-
 def _sdpa_segments(query, key, value, packing, scaling):
     """query [1, heads, S, D], key and value [1, kv_heads, S, D] -> [1, heads, S, D], segment by segment.
 
@@ -143,7 +93,13 @@ def _sdpa_segments(query, key, value, packing, scaling):
 
 
 def packed_attention(
-    query: Tensor, key: Tensor, value: Tensor, packing: Packing, *, scaling: float | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packing: Packing,
+    *,
+    scaling: float | None = None,
+    deterministic: bool = False,
 ) -> Tensor:
     """Causal attention of one packed sequence: every branch sees its prefix and itself.
 
@@ -152,9 +108,10 @@ def packed_attention(
         key, value: [1, kv_heads, S, D]; heads is a multiple of kv_heads.
         packing: of the S tokens.
         scaling: factor of the scores, 1 / sqrt(D) by default.
+        deterministic: have the same bits of the gradients in every run on a GPU too, for some time and memory.
 
     Returns:
-        [1, S, heads, D], as transformers' attention functions give it.
+        [1, S, heads, D], as transformers' attention functions give it; under autocast in its dtype.
 
     Raises:
         ValueError: the batch is not one sequence, or S is not the packing's.
@@ -171,11 +128,18 @@ def packed_attention(
             f"query: found shape {tuple(query.shape)}, expected [1, heads, {length}, D], as its packing has; "
             "pass the packed sequence alone, without a cache."
         )
-    backend, _ = choose_backend(query.device.type, query.dtype)
+    # Under autocast rotary angles make queries and keys float32 beside 16-bit values.
+    query, key, value = (x.to(autocast_dtype(x)) for x in (query, key, value))
+    backend, _ = choose_backend(query.device, query.dtype, query.shape[-1], deterministic)
     if backend == "sdpa":
-        return _sdpa_segments(query, key, value, packing, scaling).transpose(1, 2)
-    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-    return _varlen_attention(q, k, v, packing, scaling, backend)[None]
+        # SDPA's fused kernels add up by atomics on a GPU; plain products do not.
+        plain = deterministic and query.is_cuda
+        with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
+            return _sdpa_segments(query, key, value, packing, scaling).transpose(1, 2)
+    query, key, value = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
+    key, value = (gather_rows(x, packing.kv_index, packing.kv_rounds) for x in (key, value))
+    bounds = (packing.cu_seqlens_q, packing.cu_seqlens_k, packing.max_seqlen_q, packing.max_seqlen_k)
+    return flash_attention(backend, query, key, value, bounds, scaling=scaling, deterministic=deterministic)[None]
 
 
 def check_reach(name: str, reach: int | None, packing: Packing) -> None:
@@ -197,7 +161,17 @@ def check_reach(name: str, reach: int | None, packing: Packing) -> None:
 
 
 def packed_attention_forward(
-    module, query, key, value, attention_mask, *, scaling=None, dropout=0.0, packing: Packing | None = None, **kwargs
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    *,
+    scaling=None,
+    dropout=0.0,
+    packing: Packing | None = None,
+    deterministic_attention: bool = False,
+    **kwargs,
 ):
     """The attention function that transformers calls; see `packed_attention`. Without `packing`, plain SDPA."""
     calls = _CALLS.get()
@@ -221,7 +195,8 @@ def packed_attention_forward(
             f"softcap: found {kwargs['softcap']} on the attention scores, expected None; packed attention does not "
             "compute capped scores."
         )
-    return packed_attention(query, key, value, packing, scaling=scaling), None
+    deterministic = deterministic_attention
+    return packed_attention(query, key, value, packing, scaling=scaling, deterministic=deterministic), None
 
 
 AttentionInterface.register(ATTENTION_NAME, packed_attention_forward)

@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
 )
@@ -91,6 +92,7 @@ def load_model(
     path: str | Path,
     *,
     dtype: str | torch.dtype = "auto",
+    float16_as: torch.dtype | None = None,
     device: str | torch.device | None = None,
     adapter: str | Path | None = None,
     quantization: str | None = None,
@@ -104,6 +106,8 @@ def load_model(
     Args:
         path: a folder written by `save_pretrained`, or a model id.
         dtype: of the weights; "auto" keeps that of the checkpoint.
+        float16_as: what "auto" makes of a checkpoint that its configuration calls float16. One that is trained under
+            bfloat16 autocast would else be rounded from one to the other at every layer.
         device: where to put it; by default the first CUDA device, or else the CPU.
         adapter: folder of an adapter to put on top, as training leaves it, or its id.
         quantization: "nf4" holds the language model's linears in 4 bits with double quantisation, None does not.
@@ -126,6 +130,8 @@ def load_model(
     if quantization and not is_bitsandbytes_available():
         raise ImportError("quantization: found 'nf4' without bitsandbytes; pip install 'bitsandbytes>=0.48'.")
     _check_model(path, trust_remote_code)
+    if dtype == "auto" and float16_as is not None and _is_float16(path):
+        options["dtype"] = float16_as
     if quantization:
         options["quantization_config"] = _nf4(path, dtype, trust_remote_code)
     # Before the model, which takes minutes.
@@ -173,6 +179,12 @@ def _nf4(path: str | Path, dtype: str | torch.dtype, trust_remote_code: bool) ->
         bnb_4bit_compute_dtype=(config.dtype or torch.bfloat16) if dtype == "auto" else dtype,
         llm_int8_skip_modules=outside,
     )
+
+
+def _is_float16(path: str | Path) -> bool:
+    with _loading("model", path):
+        config, _ = PreTrainedConfig.get_config_dict(path)
+    return str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.") == "float16"
 
 
 def _check_tensors(model: PreTrainedModel, found: dict, path: str | Path) -> None:

@@ -11,9 +11,12 @@ import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -23,6 +26,7 @@ from bpo_fast.models.load import base_model
 from bpo_fast.models.packing import Packing
 from bpo_fast.ops.gather_rows import gather_rows
 from bpo_fast.ops.linear_token_logps import flat_linear_token_logps
+from bpo_fast.ops.precision import autocast_dtype, without_autocast
 from bpo_fast.ops.rows import TokenStatistics
 
 
@@ -99,8 +103,34 @@ def _check_reaches(config: PreTrainedConfig, packing: Packing) -> None:
             check_reach(name, parameters.get(name, getattr(config, name, None)), packing)
 
 
+class _Cast(NamedTuple):
+    """A head's weight in another dtype, and of which values it was made."""
+
+    weight: torch.Tensor
+    storage: StorageWeakRef
+    version: int
+
+
+# Of frozen heads: a cast of one reads and writes more bytes than the rows of a step do.
+_CASTS: WeakKeyDictionary[nn.Module, _Cast] = WeakKeyDictionary()
+
+
+def _weight_in(head: nn.Module, dtype: torch.dtype) -> torch.Tensor:
+    """The head's weight [V, H] in `dtype`; a frozen one is cast once and kept while its values are the same."""
+    weight = head.weight
+    if weight.dtype == dtype or weight.requires_grad or torch.is_inference_mode_enabled() or weight.is_inference():
+        return weight.to(dtype)
+    kept, made_of = _CASTS.get(head), (StorageWeakRef(weight.untyped_storage()), weight._version)
+    if kept is not None and kept.weight.dtype == dtype and kept[1:] == made_of:
+        return kept.weight
+    cast = weight.detach().to(dtype)
+    if type(cast) is torch.Tensor:  # not the stand-in of a run that only counts
+        _CASTS[head] = _Cast(cast, *made_of)
+    return cast
+
+
 def _packed_forward(
-    model, packing: Packing, image_features=None, image_rows=None, with_statistics=False
+    model, packing: Packing, image_features=None, image_rows=None, with_statistics=False, deterministic_attention=False
 ) -> PackedOutput:
     decoder, input_ids = model.get_decoder(), packing.input_ids
     _check_reaches(decoder.config, packing)
@@ -115,7 +145,9 @@ def _packed_forward(
             )
         # The id of the image token may lie outside the embedding table.
         embeds = model.get_input_embeddings()(input_ids.index_fill(0, image_rows, 0))
-        embeds = embeds.index_copy(0, image_rows, image_features.to(embeds.dtype))
+        # On a CPU autocast has a copy promote dtypes, and knows no float16 beside bfloat16.
+        with without_autocast(embeds):
+            embeds = embeds.index_copy(0, image_rows, image_features.to(embeds.dtype))
     # A 4-D mask is handed on untouched by transformers, and packed attention does not read it.
     with counted_attention() as calls:
         hidden = decoder(
@@ -124,13 +156,15 @@ def _packed_forward(
             attention_mask=embeds.new_zeros(1, 1, 1, 1),
             use_cache=False,
             packing=packing,
+            deterministic_attention=deterministic_attention,
         ).last_hidden_state[0]
     rows = gather_rows(hidden, packing.logit_rows, packing.logit_rounds)
+    # As a linear layer's input would be: the last norm of a float32 or float16 model leaves float32.
+    rows = rows.to(autocast_dtype(rows))
     head = model.get_output_embeddings()
-    # Under autocast the decoder's output is in the lower precision, and the head is cast as a linear layer's would be.
     token_logps, statistics = flat_linear_token_logps(
         rows,
-        head.weight.to(rows.dtype),
+        _weight_in(head, rows.dtype),
         packing.targets,
         bias=None if head.bias is None else head.bias.to(rows.dtype),
         logit_softcap=getattr(model.config.get_text_config(), "final_logit_softcapping", None),
@@ -142,10 +176,11 @@ def _packed_forward(
 
 
 def enable_packed_forward(model: PreTrainedModel) -> None:
-    """Let `model(packing=..., image_features=..., image_rows=..., with_statistics=...)` score a packed sequence.
+    """Let `model(packing=..., image_features=..., image_rows=...)` score a packed sequence: `PackedOutput`.
 
-    Without `packing` nothing changes. The call goes through the model's own `forward`, so that wrappers around it
-    (PEFT, DistributedDataParallel, autocast) do their work.
+    Two flags may come with them: `with_statistics`, and `deterministic_attention` (see `packed_attention`). Without
+    `packing` nothing changes. The call goes through the model's own `forward`, so that wrappers around it (PEFT,
+    DistributedDataParallel, autocast) do their work.
 
     Args:
         model: the transformers model, before or after an adapter was put on its modules.
@@ -154,6 +189,8 @@ def enable_packed_forward(model: PreTrainedModel) -> None:
         ValueError: its decoder's attention cannot be set, or it scales its logits in a way the head op does not know.
     """
     decoder = model.get_decoder()
+    # A cast that was kept shows every change of its head but one that goes around autograd, through `.data`.
+    _CASTS.clear()
     if not hasattr(model, "_unpacked_attention"):
         model._unpacked_attention = decoder.config._attn_implementation
     decoder.set_attn_implementation(ATTENTION_NAME)
@@ -175,10 +212,19 @@ def enable_packed_forward(model: PreTrainedModel) -> None:
 
     # Generation checks its arguments against the signature of `forward`, which stays the original one.
     @functools.wraps(type(model).forward)
-    def forward(self, *args, packing=None, image_features=None, image_rows=None, with_statistics=False, **kwargs):
+    def forward(
+        self,
+        *args,
+        packing=None,
+        image_features=None,
+        image_rows=None,
+        with_statistics=False,
+        deterministic_attention=False,
+        **kwargs,
+    ):
         if packing is None:
             return self._unpacked_forward(*args, **kwargs)
-        return _packed_forward(self, packing, image_features, image_rows, with_statistics)
+        return _packed_forward(self, packing, image_features, image_rows, with_statistics, deterministic_attention)
 
     model.forward = types.MethodType(forward, model)
 

@@ -8,10 +8,12 @@ of candidates. This module knows no model and no device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
+
+from bpo_fast.models.one_buffer import together
 
 
 @dataclass(frozen=True)
@@ -105,20 +107,28 @@ class Packing:
         return max(p + max(b) for p, b in zip(self.prefix_lengths, self.branch_lengths, strict=True))
 
     def to(self, device, non_blocking: bool = False) -> Packing:
-        """The same packing with its tensors on `device`."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        """The same packing with its tensors on `device`, copied there as one."""
+        return self.with_tensors(together(self.tensors(), lambda x: x.to(device, non_blocking=non_blocking)))
 
-    def pin_memory(self) -> Packing:
-        """The same packing with its tensors in page-locked memory, as a data loader asks for."""
-        return self._map(torch.Tensor.pin_memory)
+    def tensors(self) -> list[torch.Tensor]:
+        """Its tensors, field after field."""
+        values = (getattr(self, item.name) for item in fields(self) if item.name not in _ON_THE_HOST)
+        return [tensor for value in values for tensor in (value if isinstance(value, tuple) else (value,))]
 
-    def _map(self, function) -> Packing:
-        def mapped(value):
-            if isinstance(value, torch.Tensor):
-                return function(value)
-            return tuple(map(mapped, value)) if isinstance(value, tuple) else value
+    def with_tensors(self, tensors: Iterable[torch.Tensor]) -> Packing:
+        """The same packing with others in the place of its `tensors`, in their order."""
+        rest = iter(tensors)
+        found = {}
+        for name in (item.name for item in fields(self)):
+            value = getattr(self, name)
+            if name not in _ON_THE_HOST:
+                value = tuple(next(rest) for _ in value) if isinstance(value, tuple) else next(rest)
+            found[name] = value
+        return Packing(**found)
 
-        return Packing(**{field.name: mapped(getattr(self, field.name)) for field in fields(self)})
+
+# Lengths that are read as numbers, which no step should have to wait for.
+_ON_THE_HOST = ("prefix_lengths", "branch_lengths")
 
 
 def pack(groups: Sequence[Group]) -> Packing:

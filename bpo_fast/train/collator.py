@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from transformers import ProcessorMixin
 from bpo_fast.data.images import upright_rgb
 from bpo_fast.losses.preference import Batch
 from bpo_fast.models.conversation import shorten
+from bpo_fast.models.one_buffer import in_one_buffer, out_of_buffer, together
 from bpo_fast.models.packing import Group, Packing, pack, plan_sequences
 from bpo_fast.models.prompt import answer_ids, encode, image_inputs, prompt_ids, render
 from bpo_fast.train.kept import FeatureCache, ReferenceCache
@@ -44,20 +45,40 @@ class PackedSequence:
     image_features: torch.Tensor | None = None
     ref_token_logps: torch.Tensor | None = None
 
-    def _map(self, function) -> PackedSequence:
-        images = {name: function(tensor) for name, tensor in self.image_inputs.items()}
-        kept = (None if x is None else function(x) for x in (self.image_features, self.ref_token_logps))
-        return PackedSequence(
-            function(self.packing), images, function(self.image_rows), self.batch, self.numbers, *kept
+    def _tensors(self) -> list[torch.Tensor]:
+        kept = (x for x in (self.image_features, self.ref_token_logps) if x is not None)
+        return [self.image_rows, *self.image_inputs.values(), *kept, *self.packing.tensors()]
+
+    def _with(self, tensors: Iterable) -> PackedSequence:
+        rest = iter(tensors)
+        return replace(
+            self,
+            image_rows=next(rest),
+            image_inputs={name: next(rest) for name in self.image_inputs},
+            image_features=None if self.image_features is None else next(rest),
+            ref_token_logps=None if self.ref_token_logps is None else next(rest),
+            packing=self.packing.with_tensors(rest),
         )
 
+    def __reduce__(self):
+        # A worker process sends one buffer, with one file descriptor, and not a tensor after the other.
+        buffer, places = in_one_buffer(self._tensors())
+        return _received, (buffer, places, vars(self._with(range(len(places)))))
+
+    def _map(self, function) -> PackedSequence:
+        return self._with(together(self._tensors(), function))
+
     def to(self, device, non_blocking: bool = False) -> PackedSequence:
-        """The same sequence with its tensors on `device`."""
-        return self._map(lambda value: value.to(device, non_blocking=non_blocking))
+        """The same sequence with its tensors on `device`, copied there as one."""
+        return self._map(lambda buffer: buffer.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> PackedSequence:
-        """The same sequence with its tensors in page-locked memory."""
-        return self._map(lambda value: value.pin_memory())
+        """The same sequence with its tensors in page-locked memory, as a data loader asks for."""
+        return self._map(torch.Tensor.pin_memory)
+
+
+def _received(buffer, places, rest) -> PackedSequence:
+    return PackedSequence(**rest)._with(out_of_buffer(buffer, places))
 
 
 @dataclass

@@ -52,7 +52,10 @@ class BPOConfig(LossOptions, TrainingArguments):
             is the same in every mode. None is "full" or "none", as `gradient_checkpointing` says.
         disable_dropout: switch every dropout off, adapter's included; the reference and the policy are then one
             network.
-        bf16: by default on where a CUDA device computes in it.
+        bf16: by default on where training runs on a CUDA device that computes in it. A checkpoint in float16 is then
+            loaded in bfloat16.
+        deterministic_attention: add up attention's gradients on a GPU in a fixed order, by which a run has the same
+            bits every time, for some time and memory; `full_determinism` asks for it too. A CPU always does.
         fused_lora: run PEFT's LoRA linears as one operation each (`models.fused_linear`), with the same adapter.
         keep_dequantized: with nf4 and checkpointing, hold a layer's weights in 16 bits from its recomputation to its
             backward pass: of three dequantisations a step one is saved, for the memory of a layer in 16 bits.
@@ -80,6 +83,9 @@ class BPOConfig(LossOptions, TrainingArguments):
         },
     )
     bf16: bool | None = field(default=None, metadata={"help": "bfloat16 autocast; by default where CUDA has it."})
+    deterministic_attention: bool = field(
+        default=False, metadata={"help": "Add up attention's gradients in a fixed order on a GPU too; slower."}
+    )
     max_length: int | None = field(
         default=1024, metadata={"help": "Most positions of prompt, image and response; longer responses are cut."}
     )
@@ -113,7 +119,9 @@ class BPOConfig(LossOptions, TrainingArguments):
 
     def __post_init__(self):
         if self.bf16 is None:
-            self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            # Older GPUs only emulate it, which is slower than float32.
+            on_gpu = torch.cuda.is_available() and not self.use_cpu
+            self.bf16 = not self.fp16 and on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
             self.gradient_checkpointing_kwargs = dict(CHECKPOINTING)
         if isinstance(self.loss_type, str):

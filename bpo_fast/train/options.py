@@ -151,28 +151,28 @@ def check_options(config: Any) -> None:
     _check_caches(config)
 
 
-def check_devices(args: Any) -> None:
-    """Refuse several GPUs in one process.
+def check_devices(config: Any) -> None:
+    """Refuse several GPUs in one process, which transformers would scatter a batch over.
 
     Raises:
-        ValueError: there are several.
+        ValueError: with the line to type instead.
     """
-    if args.n_gpu > 1:
+    if config.n_gpu > 1:
         raise ValueError(
-            f"CUDA_VISIBLE_DEVICES: found {args.n_gpu} GPUs in one process, expected one a process, since packed "
-            f"sequences cannot be scattered; start it by 'torchrun --nproc_per_node {args.n_gpu} -m bpo_fast train "
+            f"CUDA_VISIBLE_DEVICES: found {config.n_gpu} GPUs in one process, expected one a process, since packed "
+            f"sequences cannot be scattered; start it by 'torchrun --nproc_per_node {config.n_gpu} -m bpo_fast train "
             "...', or set CUDA_VISIBLE_DEVICES=0."
         )
 
 
-def check_batch(args: Any, num_examples: int) -> None:
-    """Refuse a training of less than one batch, where only whole ones are trained on.
+def check_batch(config: Any, num_examples: int) -> None:
+    """Refuse a batch that so many examples never fill, where only whole ones are trained on.
 
     Raises:
-        ValueError: there are too few examples.
+        ValueError: no step would be trained.
     """
-    batch = args.per_device_train_batch_size * args.world_size
-    if args.dataloader_drop_last and num_examples < batch:
+    batch = config.per_device_train_batch_size * config.world_size
+    if config.dataloader_drop_last and num_examples < batch:
         raise ValueError(
             f"per_device_train_batch_size: found batches of {batch} for {num_examples} pairs, expected at least one "
             "whole batch with dataloader_drop_last; lower it, or leave dataloader_drop_last out."

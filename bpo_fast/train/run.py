@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
@@ -89,7 +90,9 @@ def train(
         if num_steps is not None:
             return Trained(len(pairs), num_steps, was_finished=True)
         trainer = BPOTrainer(
-            model=load_model(model, device=config.device, **model_init_kwargs),
+            model=load_model(
+                model, device=config.device, float16_as=torch.bfloat16 if config.bf16 else None, **model_init_kwargs
+            ),
             args=config,
             train_dataset=pairs,
             eval_dataset=held_out,

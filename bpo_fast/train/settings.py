@@ -57,6 +57,7 @@ HARMLESS = frozenset(
         "activation_checkpointing_kwargs",
         "keep_dequantized",
         "torch_empty_cache_steps",
+        "deterministic_attention",
         # Watching and waiting.
         "strict",
         "debug",

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainerCallback, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, enable_full_determinism, rotate_checkpoints
 
 from bpo_fast.losses.preference import Responses, token_preference
 from bpo_fast.models.checkpointing import set_checkpointing
@@ -93,10 +93,11 @@ class BPOTrainer(Trainer):
     ):
         args = args or BPOConfig()
         check_devices(args)
-        set_seed(args.seed)  # the adapter's first weights are random
+        # The adapter's first weights are random. What full determinism sets has to stand before the first product.
+        enable_full_determinism(args.seed) if args.full_determinism else set_seed(args.seed)
         if isinstance(model, str | Path):
             processing_class = processing_class or load_processor(model)
-            model = load_model(model, device=args.device)
+            model = load_model(model, device=args.device, float16_as=torch.bfloat16 if args.bf16 else None)
         processing_class = processing_class or load_processor(model.config._name_or_path)
         model = with_fresh_adapter(model, peft_config)
         if args.fused_lora:
@@ -286,7 +287,12 @@ class BPOTrainer(Trainer):
         features = sequence.image_features
         if sequence.image_inputs:
             features = image_features(model, sequence.image_inputs)
-        return {"packing": sequence.packing, "image_features": features, "image_rows": sequence.image_rows}
+        return {
+            "packing": sequence.packing,
+            "image_features": features,
+            "image_rows": sequence.image_rows,
+            "deterministic_attention": self.args.deterministic_attention or self.args.full_determinism,
+        }
 
     def _sft_loss(self, model, sequence: PackedSequence):
         inputs = self._model_inputs(self.accelerator.unwrap_model(model), sequence)

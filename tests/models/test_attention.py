@@ -8,14 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bpo_fast.models import attention
-from bpo_fast.models.attention import (
-    AttentionCalls,
-    choose_backend,
-    counted_attention,
-    packed_attention,
-    packed_attention_forward,
-)
+from bpo_fast.models import attention, flash
+from bpo_fast.models.attention import AttentionCalls, counted_attention, packed_attention, packed_attention_forward
+from bpo_fast.models.flash import choose_backend
 from bpo_fast.models.packing import Group, pack
 
 lengths = st.lists(
@@ -49,30 +44,58 @@ def make(lengths, kv_heads=2, dtype=torch.float64):
     return packing, q, k, v
 
 
-def varlen_by_hand(query, key, value, cu_q, cu_k, max_q, max_k, *, scale):
+def varlen_by_hand(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, enable_gqa=False):
     """What a variable-length FlashAttention with bottom-right causal alignment computes."""
     assert max_q == cu_q.diff().max()
     assert max_k == cu_k.diff().max()
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     bounds = zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:], strict=True)
     return torch.cat([naive_causal(query[a:b], key[c:d], value[c:d]) for a, b, c, d in bounds])
 
 
+def flash_by_hand(*args, softmax_scale, causal, deterministic):
+    """The same, called as FlashAttention's own packages are."""
+    assert causal
+    query, key = args[:2]
+    return varlen_by_hand(*args, scale=softmax_scale, enable_gqa=query.shape[1] != key.shape[1])
+
+
+def flash_3_of_old(*args, **kwargs):
+    """As FlashAttention 3 gave it at first: with the log-sum-exp."""
+    return flash_by_hand(*args, **kwargs), None
+
+
+# Back end, and what stands in for its function; torch's varlen form with and without grouped heads of its own.
+BACKENDS = {
+    "sdpa": ("sdpa", None),
+    "torch_varlen": ("torch_varlen", (varlen_by_hand, True)),
+    "torch_varlen of 2.11": ("torch_varlen", (varlen_by_hand, False)),
+    "flash_attn": ("flash_attn", (flash_by_hand, "")),
+    "flash_attn_3": ("flash_attn_3", (flash_3_of_old, "")),
+}
+
+
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize("backend", ["sdpa", "torch_varlen"])
-@settings(max_examples=15, deadline=None)
+@pytest.mark.parametrize("case", BACKENDS)
+@pytest.mark.parametrize("deterministic", [False, True])
+@settings(max_examples=8, deadline=None)
 @given(lengths=lengths)
-def test_equals_sequences_apart_with_gradients(backend, kv_heads, lengths):
+def test_equals_sequences_apart_with_gradients(case, deterministic, kv_heads, lengths):
+    backend, function = BACKENDS[case]
     packing, q, k, v = make(lengths, kv_heads)
     rows = [x[0].transpose(0, 1) for x in (q, k, v)]
     rows[1:] = [x.repeat_interleave(4 // kv_heads, dim=1) for x in rows[1:]]
     expected = sequences_apart(*rows, packing)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "choose_backend", lambda *_: (backend, "the test says so"))
-        patch.setattr(attention, "_torch_varlen", lambda: varlen_by_hand)
-        out = packed_attention(q, k, v, packing, scaling=1 / math.sqrt(8))
-    torch.testing.assert_close(out[0], expected, rtol=1e-10, atol=1e-10)
-    weights = torch.randn_like(expected)
-    ours = torch.autograd.grad((out[0] * weights).sum(), (q, k, v))
+        patch.setattr(flash, "torch_varlen", lambda: function)
+        patch.setattr(flash, "flash_function", lambda name: function)
+        out = packed_attention(q, k, v, packing, scaling=1 / math.sqrt(8), deterministic=deterministic)
+        torch.testing.assert_close(out[0], expected, rtol=1e-10, atol=1e-10)
+        weights = torch.randn_like(expected)
+        ours = torch.autograd.grad((out[0] * weights).sum(), (q, k, v))
     theirs = torch.autograd.grad((expected * weights).sum(), (q, k, v))
     for mine, reference in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, reference, rtol=1e-10, atol=1e-10)
@@ -133,15 +156,31 @@ def test_counting_ends_with_an_error():
     assert calls.packed == 1
 
 
-@pytest.mark.parametrize(
-    ("installed", "expected"),
-    [("flash_attn", "flash_attn"), ("torch.nn.attention.varlen", "torch_varlen"), (None, "sdpa")],
-)
-def test_back_end_by_what_is_installed(monkeypatch, installed, expected):
-    monkeypatch.setattr(attention, "find_spec", lambda name: True if name == installed else None)
-    assert choose_backend.__wrapped__("cuda")[0] == expected
-    assert choose_backend.__wrapped__("cuda", torch.float32)[0] == "sdpa"
-    assert choose_backend.__wrapped__("cpu")[0] == "sdpa"
+def test_under_autocast_all_of_attention_is_in_its_dtype(monkeypatch):
+    # Rotary angles leave queries and keys of a float32 or float16 model in float32; values come of a linear.
+    packing, q, k, v = make([(7, [3, 2])], dtype=torch.float32)
+    v = v.detach().to(torch.bfloat16).requires_grad_()
+    seen = []
+
+    def choose(device, dtype, head_dim, deterministic):
+        seen.append(dtype)
+        return "torch_varlen", "the test says so"
+
+    def function(query, key, value, *bounds, **options):
+        seen.extend(x.dtype for x in (query, key, value))
+        return varlen_by_hand(*(x.double() for x in (query, key, value)), *bounds, **options).to(query.dtype)
+
+    monkeypatch.setattr(attention, "choose_backend", choose)
+    monkeypatch.setattr(flash, "torch_varlen", lambda: (function, True))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = packed_attention(q, k, v, packing)
+    assert seen == [torch.bfloat16] * 4
+    assert out.dtype == torch.bfloat16
+    rows = [x[0].transpose(0, 1).double() for x in (q, k, v)]
+    rows[1:] = [x.repeat_interleave(2, dim=1) for x in rows[1:]]
+    torch.testing.assert_close(out[0].double(), sequences_apart(*rows, packing), rtol=2e-2, atol=2e-2)
+    grads = torch.autograd.grad(out.float().sum(), (q, k, v))
+    assert [grad.dtype for grad in grads] == [torch.float32, torch.float32, torch.bfloat16]
 
 
 @pytest.mark.gpu("FlashAttention")
@@ -165,3 +204,24 @@ def test_flash_equals_sdpa_on_a_gpu(kv_heads):
         torch.testing.assert_close(mine.float(), reference.float(), rtol=5e-2, atol=5e-2)
     assert torch.equal(ours[1], again[0])
     assert torch.equal(ours[2], again[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU for variable-length FlashAttention")
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_deterministic_gradients_have_the_same_bits_in_every_run_on_a_gpu(kv_heads, dtype):
+    packing, q, k, v = make([(700, [300, 200]), (640, [100, 330])], kv_heads, dtype=torch.float32)
+    q, k, v = (torch.nn.functional.pad(x.detach(), (0, 56)).to("cuda", dtype).requires_grad_() for x in (q, k, v))
+    packing = packing.to("cuda")
+    weights = torch.randn(1, q.shape[2], 4, 64, device="cuda")
+
+    def gradients():
+        out = packed_attention(q, k, v, packing, deterministic=True)
+        return torch.autograd.grad((out.float() * weights).sum(), (q, k, v))
+
+    first = gradients()
+    for _ in range(10):
+        for mine, reference in zip(gradients(), first, strict=True):
+            assert torch.equal(mine, reference)
+    assert not torch.are_deterministic_algorithms_enabled()

@@ -332,3 +332,26 @@ def test_nf4_holds_the_language_models_linears_in_4_bits_and_no_others(family, t
         if part not in decoder:
             assert name.startswith(tuple(OUTSIDE[family])), name
             assert torch.equal(there.weight, part.weight.bfloat16()), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "loaded"),
+    [
+        ({}, {}, torch.float16),
+        ({}, {"float16_as": torch.bfloat16}, torch.bfloat16),
+        (
+            {"dtype": None, "torch_dtype": "float16"},
+            {"float16_as": torch.bfloat16},
+            torch.bfloat16,
+        ),  # as of older ones
+        ({}, {"float16_as": torch.bfloat16, "dtype": torch.float16}, torch.float16),
+        ({"dtype": "float32"}, {"float16_as": torch.bfloat16}, torch.float32),
+    ],
+)
+def test_a_float16_checkpoint_is_loaded_as_asked(folder, changes, options, loaded):
+    tensors(folder / MODEL, lambda weights: {name: weight.half() for name, weight in weights.items()})
+    edit(folder / "model/config.json", **{"dtype": "float16"} | changes)
+    model = load_model(folder / "model", device="cpu", **options)
+    assert {parameter.dtype for parameter in model.parameters()} == {loaded}
+    (head,) = (weight for name, weight in load_file(folder / MODEL).items() if name.endswith("lm_head.weight"))
+    assert torch.equal(model.get_output_embeddings().weight, head.to(loaded))

@@ -9,6 +9,8 @@ import pytest
 import torch
 from PIL import Image
 from tiny_models import make_pairs
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
 
 from bpo_fast.train.collator import PreferenceCollator
 
@@ -130,3 +132,42 @@ def test_a_truncated_image_is_no_image(collate):
     half = Image.open(io.BytesIO(file.getvalue()[: len(file.getvalue()) // 2]))
     with pytest.raises((OSError, SyntaxError, ValueError)):
         collate([example | {"images": [half]}])
+
+
+class _Copies(TorchDispatchMode):
+    """Counts the tensors that change their device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._to_copy.default
+        return function(*args, **kwargs or {})
+
+
+def parts(sequence):
+    return [*sequence.packing.tensors(), sequence.image_rows, *sequence.image_inputs.values()]
+
+
+def test_a_packed_sequence_is_one_transfer(collate):
+    (sequence,) = collate(make_pairs(3))
+    assert len(parts(sequence)) == 16  # 14 of the packing, whose rounds are two each
+    with _Copies() as copies:
+        moved = sequence.to("meta", non_blocking=True)
+    assert copies.count == 1
+    assert {tensor.device.type for tensor in parts(moved)} == {"meta"}
+    assert [tensor.shape for tensor in parts(moved)] == [tensor.shape for tensor in parts(sequence)]
+    assert (moved.batch, moved.numbers) == (sequence.batch, sequence.numbers)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_worker_sends_the_same_tensors_as_one(collate, num_workers):
+    examples = [dict(example, number=n) for n, example in enumerate(make_pairs(4))]
+    loader = DataLoader(examples, batch_size=2, num_workers=num_workers, collate_fn=lambda rows: collate(rows))
+    for (found,), (expected,) in zip(loader, (collate(examples[:2]), collate(examples[2:])), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(parts(found), parts(expected), strict=True))
+        assert (found.batch, found.numbers) == (expected.batch, expected.numbers)
+        assert found.packing.branch_lengths == expected.packing.branch_lengths
+        storages = {tensor.untyped_storage().data_ptr() for tensor in parts(found)}
+        assert len(storages) == (1 if num_workers else 16)
