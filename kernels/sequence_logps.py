@@ -92,8 +92,8 @@ def sequence_logps_kernel(
     reference_sums [sequences]; num_targets [sequences] int64; row_numbers [2, sequences, tokens] (maximum and log s of
     plane 0); statistics [4, sequences, tokens] (of plane 0); parts [planes, rows, SPLITS, STATE_SIZE]; float32.
     arrivals int32, all zero: [planes, sequences] for the sums, then [planes, rows] if a row is split. A target outside
-    the vocabulary reads nothing and gives NaN, as log-prob and as log s. What is None is left out: sums, statistics,
-    softcap, temperature.
+    the vocabulary reads nothing and gives NaN, as log-prob and as log s. What is None is left out: sums, row_numbers,
+    statistics, softcap, temperature.
     """
     row = tl.program_id(0).to(tl.int64)
     plane = tl.program_id(1)
@@ -145,9 +145,10 @@ def sequence_logps_kernel(
                 for number in tl.static_range(NUM_STATISTICS):
                     tl.store(statistics + number * num_rows + row, 0.0)
         tl.store(token_logps + plane * num_rows + row, logp)
-        if plane == 0:
-            tl.store(row_numbers + row, row_max)
-            tl.store(row_numbers + num_rows + row, log_sum)
+        if row_numbers is not None:  # noqa: SIM102
+            if plane == 0:
+                tl.store(row_numbers + row, row_max)
+                tl.store(row_numbers + num_rows + row, log_sum)
         if policy_sums is not None:  # noqa: SIM102
             if last_to_arrive(arrivals + plane * num_sequences + sequence, num_tokens):
                 begin = sequence * num_tokens
@@ -165,7 +166,7 @@ def launch_sequence_logps(
     targets: Tensor,
     *,
     token_logps: Tensor,
-    row_numbers: Tensor,
+    row_numbers: Tensor | None,
     policy_sums: Tensor | None,
     reference_sums: Tensor | None,
     num_targets: Tensor | None,
@@ -177,8 +178,8 @@ def launch_sequence_logps(
 ) -> RowLaunch:
     """Launch over policy [S, T, V] and reference (the same shape or None); vocabulary contiguous, S and T not 0.
 
-    `policy_sums` None leaves sums and counts out, `statistics` None the statistics. `launch` None is the rule's of
-    `heuristics`. Returns the launch that was taken.
+    `policy_sums` None leaves sums and counts out, `row_numbers` and `statistics` None what they hold. `launch` None is
+    the rule's of `heuristics`. Returns the launch that was taken.
     """
     num_sequences, num_tokens, vocab_size = policy.shape
     num_rows, num_planes = num_sequences * num_tokens, token_logps.shape[0]

@@ -127,8 +127,11 @@ def _in_words(options):
 
 def _check_dtype_and_shapes(name, value, dtype_fits, dtypes, shapes, otherwise=None):
     # Sentences are made where one is raised: under torch.compile the words of a shape would pin it.
-    if dtype_fits and any(_shape_fits(value.shape, shape) for shape in shapes):
-        return
+    if dtype_fits:
+        found = value.shape
+        for shape in shapes:
+            if _shape_fits(found, shape):
+                return
     expected = _in_words([f"[{', '.join(map(str, shape))}]" for shape in shapes])
     if not dtype_fits:
         kind = "a floating-point dtype" if dtypes is None else _in_words(list(map(_dtype_name, dtypes)))
@@ -138,11 +141,13 @@ def _check_dtype_and_shapes(name, value, dtype_fits, dtypes, shapes, otherwise=N
 
 
 def _shape_fits(found, shape):
+    extra, shift = len(found) - len(shape), 0
+    if extra and (extra < -1 or not any(isinstance(want, str) and want == "..." for want in shape)):
+        return False
     for place, want in enumerate(shape):
-        if isinstance(want, str) and want == "...":
-            after = shape[place + 1 :]
-            shape = (*shape[:place], *found[place : len(found) - len(after)], *after)
-            break
-    return len(found) == len(shape) and all(
-        isinstance(want, str) or have == want for have, want in zip(found, shape, strict=True)
-    )
+        if not isinstance(want, str):
+            if found[place + shift] != want:
+                return False
+        elif want == "...":
+            shift = extra
+    return True

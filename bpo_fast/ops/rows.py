@@ -40,6 +40,21 @@ def runs_in_triton(tensor: Tensor) -> bool:
     return tensor.is_cuda and tensor.dtype != torch.float64
 
 
+def records_gradient(tensor: Tensor) -> bool:
+    """Whether what is computed from `tensor` gets a gradient."""
+    return tensor.requires_grad and torch.is_grad_enabled()
+
+
+def runs_directly(*tensors: Tensor | None) -> bool:
+    """Whether an op that records no gradient may skip the dispatcher, which takes longer than few rows do.
+
+    Not while something traces, fakes or counts, and not for subclasses of Tensor.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    return all(tensor is None or type(tensor) is Tensor for tensor in tensors)
+
+
 def num_processors(tensor: Tensor) -> int:
     """Multiprocessors of a CUDA tensor's device, 0 elsewhere."""
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 0
@@ -73,6 +88,44 @@ def final_logits_(rows: Tensor, softcap: float | None, temperature: float, with_
     return slope
 
 
+def log_probs_(
+    rows: Tensor, targets: Tensor, out: Tensor, numbers: Tensor | None = None, statistics: Tensor | None = None
+) -> Tensor:
+    """log p of final logits [n, V] into `out`, which may be their memory, and is used up; returns the targets' [n].
+
+    PyTorch's log-softmax: a row by one thread in one go, so few rows wait for no barrier, and the bits of a row depend
+    on nothing but its logits. Fills `numbers` [2, n] (maximum and log s) and `statistics` [4, n], if given.
+    """
+    if statistics is not None:
+        statistics = TokenStatistics(*statistics)
+        statistics.is_top1.copy_(rows.argmax(1) == targets)
+        statistics.mean_logits.copy_(rows.mean(1))
+    if numbers is not None:
+        numbers[0] = rows.amax(1)
+    torch.log_softmax(rows, 1, out=out)
+    logps = out.gather(1, targets[:, None]).squeeze(1)
+    if numbers is None and statistics is None:
+        return logps
+    # Of the largest logit it is (m - m) - log s.
+    highest = out.amax(1, keepdim=True)
+    if numbers is not None:
+        numbers[1] = -highest.squeeze(1)
+    if statistics is not None:
+        # Sums over x - m, not over log p: the log of s, which is 10, would take digits of each.
+        shifted = out.sub_(highest).clamp(min=LOWEST_SHIFTED)
+        _fill_sums(statistics, out.exp_(), shifted, out.sum(1))
+    return logps
+
+
+def _fill_sums(statistics, e, shifted, row_sum):
+    """Entropy and log sum p^2 of rows from e = exp(shifted) and its sum [n]."""
+    # Batched products of one row each: no matrix of the products is made.
+    dot, square = (torch.bmm(e[:, None], other[:, :, None]).flatten() for other in (shifted, e))
+    log_sum = row_sum.log()
+    statistics.entropy.copy_(log_sum - dot / row_sum)
+    statistics.log_sum_sq_probs.copy_(square.log() - 2 * log_sum)
+
+
 def exponentiate(
     rows: Tensor, targets: Tensor | None, out: Tensor, statistics: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,10 +143,6 @@ def exponentiate(
     torch.sub(rows, row_max, out=out)
     shifted = out.clamp(min=LOWEST_SHIFTED) if statistics is not None else None
     row_sum = out.exp_().sum(1, keepdim=True)
-    log_sum = row_sum.log()
     if statistics is not None:
-        # Batched products of one row each: no matrix of the products is made.
-        dot, square = (torch.bmm(out[:, None], other[:, :, None]).flatten() for other in (shifted, out))
-        statistics.entropy.copy_(log_sum.squeeze(1) - dot / row_sum.squeeze(1))
-        statistics.log_sum_sq_probs.copy_(square.log() - 2 * log_sum.squeeze(1))
-    return (target_logits - row_max - log_sum).squeeze(1), row_max, row_sum
+        _fill_sums(statistics, out, shifted, row_sum.squeeze(1))
+    return (target_logits - row_max - row_sum.log()).squeeze(1), row_max, row_sum

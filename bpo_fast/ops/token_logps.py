@@ -17,14 +17,14 @@ from bpo_fast.ops.checks import (
     check_transform,
     describe,
 )
+from bpo_fast.ops.logit_rows import backward_rows, few_rows, forward_rows
 from bpo_fast.ops.precision import precise
 from bpo_fast.ops.rows import (
     TokenStatistics,
     accumulation_dtype,
-    block_rows,
-    exponentiate,
-    final_logits_,
     num_processors,
+    records_gradient,
+    runs_directly,
     runs_in_triton,
 )
 
@@ -40,70 +40,7 @@ class Outputs(NamedTuple):
     row_numbers: Tensor  # [2, S, T], the policy's maximum and log s of each row
 
 
-def _row_blocks(targets, vocab_size):
-    """(sequence, slice of tokens) of each run of targets [S, T] that are not ignored, cut to blocks."""
-    most = block_rows(vocab_size)
-    blocks = []
-    for sequence, kept in enumerate(targets != IGNORE_INDEX):
-        places = kept.nonzero().squeeze(1)
-        ends = (places.diff() != 1).nonzero().squeeze(1) + 1
-        for run in places.tensor_split(ends):
-            if len(run):
-                first, stop = int(run[0]), int(run[-1]) + 1
-                blocks += [(sequence, slice(start, min(start + most, stop))) for start in range(first, stop, most)]
-    return blocks
-
-
-def _scratch(blocks, logits):
-    """One buffer for the blocks of a call: fresh memory for each would cost more than the arithmetic."""
-    longest = max((tokens.stop - tokens.start for _, tokens in blocks), default=0)
-    return logits.new_empty(longest, logits.shape[-1], dtype=accumulation_dtype(logits.dtype))
-
-
-def _forward_torch(logits, targets, softcap, temperature, token_logps, row_numbers=None, statistics=None):
-    """Fill token_logps [S, T] and, where given, row_numbers [2, S, T] and statistics [4, S, T].
-
-    Only at targets that are not ignored: no other row is read.
-    """
-    blocks = _row_blocks(targets, logits.shape[-1])
-    scratch = _scratch(blocks, logits)
-    as_they_are = softcap is None and temperature == 1.0 and logits.dtype == token_logps.dtype
-    for where in blocks:
-        rows = logits[where]
-        out = scratch[: len(rows)]
-        if not as_they_are:
-            rows = out.copy_(rows)
-            final_logits_(rows, softcap, temperature, with_slope=False)
-        row_statistics = None if statistics is None else statistics[:, *where]
-        token_logps[where], row_max, row_sum = exponentiate(rows, targets[where], out, row_statistics)
-        if row_numbers is not None:
-            row_numbers[:, *where] = torch.stack([row_max, row_sum.log()]).squeeze(2)
-
-
-def _backward_torch(grad, logits, targets, row_numbers, softcap, temperature, grad_logits):
-    """Fill grad_logits [S, T, V] at the targets that are not ignored; it may be the logits' memory. grad is [S, T]."""
-    blocks = _row_blocks(targets, logits.shape[-1])
-    # Without rounding, the gradient is worked out where it will stay.
-    scratch = None if grad_logits.dtype == grad.dtype else _scratch(blocks, logits)
-    for where in blocks:
-        scale = grad[where][:, None]
-        row_max, log_sum = (numbers[where][:, None] for numbers in row_numbers)
-        rows = grad_logits[where] if scratch is None else scratch[: len(scale)]
-        if scratch is None and softcap is None and temperature == 1.0:
-            torch.sub(logits[where], row_max, out=rows)
-            slope = None
-        else:
-            slope = final_logits_(rows.copy_(logits[where]), softcap, temperature, with_slope=True)
-            rows.sub_(row_max)
-        rows.exp_().mul_(-scale / log_sum.exp()).scatter_add_(1, targets[where][:, None], scale)
-        if slope is not None:
-            rows.mul_(slope)
-        if scratch is not None:
-            grad_logits[where] = rows
-
-
 @torch.library.custom_op("bpo_fast::sequence_logps", mutates_args=())
-@precise
 def _sequence_logps(
     logits: Tensor,
     ref_logits: Tensor | None,
@@ -115,12 +52,45 @@ def _sequence_logps(
     inplace_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`Outputs` of logits and ref_logits [S, T, V] and targets [S, T]. Only the backward pass reads the last flag."""
-    if not runs_in_triton(logits):
-        check_target_range(targets, logits.shape[-1])
-    outputs = _sequence_logps_fake(
-        logits, ref_logits, targets, softcap, temperature, with_sums, with_statistics, inplace_backward
+    outputs = _forward(logits, ref_logits, targets, softcap, temperature, with_sums, with_statistics)
+    return _as_tensors(outputs, logits, targets)
+
+
+@_sequence_logps.register_fake
+def _(logits, ref_logits, targets, softcap, temperature, with_sums, with_statistics, inplace_backward):
+    return _as_tensors(_new_outputs(logits, ref_logits, targets, with_sums, with_statistics), logits, targets)
+
+
+def _new_outputs(logits, ref_logits, targets, with_sums, with_statistics, with_row_numbers=True):
+    """Memory for the `Outputs` that are asked for, None for the others."""
+    num_sequences, num_tokens = targets.shape
+
+    def empty(*shape):
+        return logits.new_empty(shape, dtype=accumulation_dtype(logits.dtype))
+
+    return Outputs(
+        token_logps=empty(1 if ref_logits is None else 2, num_sequences, num_tokens),
+        logps=empty(num_sequences) if with_sums else None,
+        ref_logps=empty(num_sequences) if with_sums and ref_logits is not None else None,
+        num_tokens=targets.new_empty(num_sequences) if with_sums else None,
+        statistics=empty(4, num_sequences, num_tokens) if with_statistics else None,
+        row_numbers=empty(2, num_sequences, num_tokens) if with_row_numbers else None,
     )
-    token_logps, policy_sums, ref_sums, num_tokens, statistics, row_numbers = outputs
+
+
+def _as_tensors(outputs, logits, targets):
+    """The same for the op's schema, which knows no None: an empty tensor in its place."""
+
+    def absent(name):
+        return targets.new_empty(0) if name == "num_tokens" else logits.new_empty(0, dtype=outputs.token_logps.dtype)
+
+    return Outputs(*(absent(name) if value is None else value for name, value in outputs._asdict().items()))
+
+
+@precise
+def _forward(logits, ref_logits, targets, softcap, temperature, with_sums, with_statistics, with_row_numbers=True):
+    """The `Outputs` that are asked for, None for the others."""
+    outputs = _new_outputs(logits, ref_logits, targets, with_sums, with_statistics, with_row_numbers)
     if runs_in_triton(logits) and targets.numel():
         from bpo_fast.kernels.sequence_logps import launch_sequence_logps
 
@@ -129,46 +99,31 @@ def _sequence_logps(
                 _unit_stride(logits),
                 None if ref_logits is None else _unit_stride(ref_logits),
                 targets,
-                token_logps=token_logps,
-                row_numbers=row_numbers,
-                policy_sums=policy_sums if with_sums else None,
-                reference_sums=ref_sums if with_sums else None,
-                num_targets=num_tokens if with_sums else None,
-                statistics=statistics if with_statistics else None,
+                token_logps=outputs.token_logps,
+                row_numbers=outputs.row_numbers,
+                policy_sums=outputs.logps,
+                reference_sums=outputs.ref_logps,
+                num_targets=outputs.num_tokens,
+                statistics=outputs.statistics,
                 softcap=softcap,
                 temperature=temperature,
                 num_processors=num_processors(logits),
             )
         return outputs
+    check_target_range(targets, logits.shape[-1])
     for output in outputs:
-        output.zero_()
-    options = (targets, softcap, temperature)
-    _forward_torch(logits, *options, token_logps[0], row_numbers, statistics if with_statistics else None)
+        if output is not None:
+            output.zero_()
+    token_logps, options = outputs.token_logps, (targets, softcap, temperature)
+    forward_rows(logits, *options, token_logps[0], outputs.row_numbers, outputs.statistics)
     if ref_logits is not None:
-        _forward_torch(ref_logits, *options, token_logps[1])
+        forward_rows(ref_logits, *options, token_logps[1])
     if with_sums:
-        torch.sum(token_logps[0], dim=1, out=policy_sums)
+        torch.sum(token_logps[0], dim=1, out=outputs.logps)
         if ref_logits is not None:
-            torch.sum(token_logps[1], dim=1, out=ref_sums)
-        torch.sum(targets != IGNORE_INDEX, dim=1, out=num_tokens)
+            torch.sum(token_logps[1], dim=1, out=outputs.ref_logps)
+        torch.sum(targets != IGNORE_INDEX, dim=1, out=outputs.num_tokens)
     return outputs
-
-
-@_sequence_logps.register_fake
-def _sequence_logps_fake(logits, ref_logits, targets, softcap, temperature, with_sums, with_statistics, inplace):
-    num_sequences, num_tokens = targets.shape
-
-    def empty(*shape):
-        return logits.new_empty(shape, dtype=accumulation_dtype(logits.dtype))
-
-    return Outputs(
-        token_logps=empty(1 if ref_logits is None else 2, num_sequences, num_tokens),
-        logps=empty(num_sequences if with_sums else 0),
-        ref_logps=empty(num_sequences if with_sums and ref_logits is not None else 0),
-        num_tokens=targets.new_empty(num_sequences if with_sums else 0),
-        statistics=empty(4 if with_statistics else 0, num_sequences, num_tokens),
-        row_numbers=empty(2, num_sequences, num_tokens),
-    )
 
 
 def _unit_stride(logits):
@@ -198,7 +153,7 @@ def _fill_gradient(grad_tokens, grad_sums, logits, targets, row_numbers, softcap
         grad += grad_tokens
     if grad_sums is not None:
         grad += grad_sums[:, None]
-    _backward_torch(grad, logits, targets, row_numbers, softcap, temperature, grad_logits)
+    backward_rows(grad, logits, targets, row_numbers, softcap, temperature, grad_logits)
 
 
 @torch.library.custom_op("bpo_fast::sequence_logps_backward", mutates_args=())
@@ -299,7 +254,7 @@ def sequence_logps(
     shift. Differentiable in `logits`; the reference is a constant. `with_sums` asks for the sums and `num_tokens`; the
     other arguments are those of `token_logps`.
     """
-    token_logps, logps, ref_logps, num_tokens, statistics, _ = _sequence_logps(
+    arguments = (
         logits,
         None if ref_logits is None else ref_logits.detach(),
         targets.contiguous(),
@@ -307,15 +262,18 @@ def sequence_logps(
         float(temperature),
         with_sums,
         with_statistics,
-        inplace_backward,
     )
+    if records_gradient(logits) or not runs_directly(logits, ref_logits, targets):
+        found = Outputs(*_sequence_logps(*arguments, inplace_backward))
+    else:
+        found = _forward(*arguments, False)  # no row numbers
     return SequenceLogps(
-        token_logps=token_logps[0],
-        logps=logps if with_sums else None,
-        ref_token_logps=None if ref_logits is None else token_logps[1],
-        ref_logps=ref_logps if with_sums and ref_logits is not None else None,
-        num_tokens=num_tokens if with_sums else None,
-        statistics=TokenStatistics(*statistics.detach()) if with_statistics else None,
+        token_logps=found.token_logps[0],
+        logps=found.logps if with_sums else None,
+        ref_token_logps=None if ref_logits is None else found.token_logps[1],
+        ref_logps=found.ref_logps if with_sums and ref_logits is not None else None,
+        num_tokens=found.num_tokens if with_sums else None,
+        statistics=TokenStatistics(*found.statistics.detach()) if with_statistics else None,
     )
 
 
@@ -360,6 +318,11 @@ def token_logps(
     check_transform(logit_softcap, temperature)
     if not logits.shape[-1]:
         raise ValueError(f"logits: found {describe(logits)}, expected [..., V] with V of at least 1.")
+    if logit_softcap is None and temperature == 1.0 and not with_statistics:  # noqa: SIM102
+        if runs_directly(logits, targets) and not (records_gradient(logits) or runs_in_triton(logits)):
+            logps = few_rows(logits, targets)
+            if logps is not None:
+                return logps
     rows = logits.reshape(1, -1, logits.shape[-1]) if logits.ndim != 3 else logits
     found = sequence_logps(
         rows,

@@ -12,7 +12,7 @@ MUTATIONS = [
     ),
     Mutation(
         "true-class gradient rounded before the -1 (PyTorch)",
-        "bpo_fast/ops/token_logps.py",
+        "bpo_fast/ops/logit_rows.py",
         "rows.exp_().mul_(-scale / log_sum.exp())",
         "rows.exp_().mul_(-scale / log_sum.exp()).copy_(rows.to(logits.dtype))",
         "tests/ops/test_token_logps.py::test_gradient_of_a_nearly_certain_target_is_not_rounded_to_zero",

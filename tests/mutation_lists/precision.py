@@ -13,8 +13,8 @@ MUTATIONS = [
     Mutation(
         "statistics rounded by autocast inside an op",
         "bpo_fast/ops/token_logps.py",
-        "@precise\ndef _sequence_logps(",
-        "def _sequence_logps(",
+        "@precise\ndef _forward(",
+        "def _forward(",
         "tests/ops/test_precision.py::test_statistics_of_logits_have_the_same_bits",
     ),
     Mutation(

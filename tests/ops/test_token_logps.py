@@ -3,6 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_within_contract, draw_targets, eager_statistics, eager_token_logps, gradients
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bpo_fast import token_logps
 from bpo_fast.ops import rows
@@ -138,6 +140,49 @@ def test_bitwise_repeatable():
     first, second = (gradients(lambda x: token_logps(x, targets), [logits], torch.ones(40)) for _ in range(2))
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1][0], second[1][0])
+
+
+@pytest.mark.parametrize("dtype", [*HALVES_AND_FLOAT, torch.float64])
+@pytest.mark.parametrize("shape", [(), (1,), (4,), (16,), (2, 3), (0,)])
+def test_the_bits_do_not_depend_on_what_else_is_asked(dtype, shape):
+    # 5003: several vectors and a rest. Without a gradient few rows take PyTorch's own function, past the op.
+    logits = torch.randn(*shape, 5003, generator=torch.Generator().manual_seed(1)).mul(9).to(dtype)
+    targets = torch.randint(0, 5003, shape)
+    found = token_logps(logits, targets)
+    assert found.dtype == rows.accumulation_dtype(dtype)
+    recorded = token_logps(logits.clone().requires_grad_(), targets)
+    assert recorded.requires_grad
+    assert not found.requires_grad
+    with_statistics, _ = token_logps(logits, targets, with_statistics=True)
+    beside = module.sequence_logps(logits.reshape(1, -1, 5003), logits.reshape(1, -1, 5003), targets.reshape(1, -1))
+    for other in (recorded, with_statistics, beside.token_logps.reshape(shape), beside.ref_token_logps.reshape(shape)):
+        assert torch.equal(found, other)
+    assert torch.equal(token_logps(logits, targets.int()), found)
+    with torch.no_grad():
+        assert torch.equal(token_logps(logits.clone().requires_grad_(), targets), found)
+    # Alone, or beside a row that is ignored, a row's bits are the same.
+    if shape == (4,):
+        assert torch.equal(torch.cat([token_logps(logits[i : i + 1], targets[i : i + 1]) for i in range(4)]), found)
+        some = torch.where(torch.arange(4) == 2, -100, targets)
+        assert torch.equal(token_logps(logits, some), torch.where(some == -100, 0, found))
+
+
+def test_what_fakes_or_counts_sees_the_op():
+    logits, targets = torch.randn(2, 9), torch.tensor([0, 8])
+    with FakeTensorMode() as mode:
+        fake = token_logps(mode.from_tensor(logits), mode.from_tensor(targets))
+    assert isinstance(fake, FakeTensor)
+    assert (fake.shape, fake.dtype) == ((2,), torch.float32)
+    seen = []
+
+    class Seeing(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            seen.append(function.namespace)
+            return function(*arguments, **(keywords or {}))
+
+    with Seeing():
+        token_logps(logits, targets)
+    assert "bpo_fast" in seen
 
 
 def test_int32_targets():
