@@ -101,7 +101,7 @@ def results(folder, command):
     states = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: int(path.parent.name[11:]))
     if states:
         history = json.loads(states[-1].read_text())["log_history"]
-        timed = ("runtime", "per_second", "time")
+        timed = ("runtime", "per_second", "time", "data_wait")
         kept = [{name: value for name, value in entry.items() if not name.endswith(timed)} for entry in history]
         found["log_history"] = json.dumps(kept).encode()
     return found

@@ -24,6 +24,7 @@ from bpo_fast.runs.fingerprint import fingerprint
 from bpo_fast.runs.text import printable
 from bpo_fast.train.collator import PreferenceCollator
 from bpo_fast.train.examples import EXAMPLE_COLUMNS
+from bpo_fast.train.loading import available_cores
 
 # Fewer examples than these are tried in this process: starting others would take longer.
 _FEW = 256
@@ -197,7 +198,7 @@ def each_row(
 
 def workers_for(num_examples: int) -> int:
     """Processes that read so many examples: one a core, and none but this for few."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     return min(cores, 16) if num_examples >= _FEW else 0
 
 

@@ -18,6 +18,7 @@ from bpo_fast.models.one_buffer import in_one_buffer, out_of_buffer, together
 from bpo_fast.models.packing import Group, Packing, pack, plan_sequences
 from bpo_fast.models.prompt import answer_ids, encode, image_inputs, prompt_ids, render
 from bpo_fast.train.kept import FeatureCache, ReferenceCache
+from bpo_fast.train.loading import in_row
 
 # Options of a chat template that are the renderer's own.
 _RESERVED = ("conversation", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict")
@@ -121,9 +122,9 @@ class PreferenceCollator:
         """
         shown = [example.get("shown") for example in examples]
         is_kept = self.features is not None and None not in shown
-        images = [] if is_kept else [example_images(example) for example in examples]
+        images = [] if is_kept else _row_by_row(example_images, examples)
         counts = [each.count for each in shown] if is_kept else map(len, images)
-        rendered = [self.render(example, count) for example, count in zip(examples, counts, strict=True)]
+        rendered = _row_by_row(self.render, examples, counts)
         prompts = [prompt for prompt, _ in rendered]
         if is_kept:
             ids = [self.features.prompt_ids(*each) for each in zip(shown, prompts, strict=True)]
@@ -188,6 +189,15 @@ class PreferenceCollator:
                 f"response: found no tokens after the prompt {shorten(prompt)}, expected an answer; drop the example."
             )
         return ids if self.max_length is None else ids[: self.max_length - len(prompt_ids)]
+
+
+def _row_by_row(function, examples: list[dict], *others) -> list:
+    """What the function makes of each example; whatever fails says which row it was, where the examples say it."""
+    found = []
+    for example, *values in zip(examples, *others, strict=True):
+        with in_row(example.get("number")):
+            found.append(function(example, *values))
+    return found
 
 
 def example_images(example: dict) -> list[Image.Image]:

@@ -1,5 +1,7 @@
 """BPOConfig: transformers' training arguments, the loss options of `LossConfig`, and what packing adds."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import Field, dataclass, field, fields, make_dataclass
 from typing import Any, get_type_hints
 
@@ -8,6 +10,7 @@ from transformers import TrainingArguments
 
 from bpo_fast.losses.config import LOSS_OPTIONS, LossConfig
 from bpo_fast.losses.table import losses_that
+from bpo_fast.train.loading import default_num_workers
 from bpo_fast.train.options import CHECKPOINTING, check_options
 
 _TYPES = get_type_hints(LossConfig)
@@ -59,6 +62,9 @@ class BPOConfig(LossOptions, TrainingArguments):
         fused_lora: run PEFT's LoRA linears as one operation each (`models.fused_linear`), with the same adapter.
         keep_dequantized: with nf4 and checkpointing, hold a layer's weights in 16 bits from its recomputation to its
             backward pass: of three dequantisations a step one is saved, for the memory of a layer in 16 bits.
+        dataloader_num_workers: processes that prepare batches while the step before computes; the result does not
+            depend on it. By default one to four for a GPU and none on a CPU, whose cores compute.
+        dataloader_persistent_workers: keep them from epoch to epoch; by default they are.
         strict: raise for an example that cannot be trained on; by default it is left out and listed in `output_dir`.
         precompute_ref_log_probs: keep the reference's log-probs of every pair on disk, made before the first step.
         cache_image_features: keep the vision part's output for every image on disk; no image is then decoded and no
@@ -112,18 +118,29 @@ class BPOConfig(LossOptions, TrainingArguments):
     cache_dir: str | None = field(
         default=None, metadata={"help": "Folder of both; by default bpo_fast in $XDG_CACHE_HOME, or in ~/.cache."}
     )
+    dataloader_num_workers: int | None = field(
+        default=None,
+        metadata={"help": "Processes that prepare batches; 0 does it between steps, null takes up to 4 for a GPU."},
+    )
+    dataloader_persistent_workers: bool | None = field(
+        default=None, metadata={"help": "Keep those processes from epoch to epoch; null does."}
+    )
     # transformers' filter reads the loss back after every batch and logs one that is not finite as 0.
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Refused: a loss that is not finite stops the run."}
     )
 
     def __post_init__(self):
+        on_gpu = torch.cuda.is_available() and not self.use_cpu
         if self.bf16 is None:
             # Older GPUs only emulate it, which is slower than float32.
-            on_gpu = torch.cuda.is_available() and not self.use_cpu
             self.bf16 = not self.fp16 and on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
             self.gradient_checkpointing_kwargs = dict(CHECKPOINTING)
+        if self.dataloader_num_workers is None:
+            self.dataloader_num_workers = default_num_workers(on_gpu)
+        if self.dataloader_persistent_workers is None:
+            self.dataloader_persistent_workers = bool(self.dataloader_num_workers)
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
         # Newer transformers call these two by other names, and warn of the old ones where only those are set.
@@ -163,6 +180,19 @@ class BPOConfig(LossOptions, TrainingArguments):
         if not self.gradient_checkpointing:
             return "none"
         return "full" if self.gradient_checkpointing_kwargs in (None, {}, CHECKPOINTING) else None
+
+    @contextmanager
+    def layers_as_they_are(self) -> Iterator[None]:
+        """Keeps transformers from setting its own checkpointing, of vision layers too, over that of the layers."""
+        names = ("gradient_checkpointing", "activation_checkpointing") if self.checkpointing_mode is not None else ()
+        own = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        try:
+            for name in own:
+                setattr(self, name, False)
+            yield
+        finally:
+            for name, value in own.items():
+                setattr(self, name, value)
 
     def loss_config(self) -> LossConfig:
         """The loss options, checked."""

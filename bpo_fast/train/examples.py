@@ -6,6 +6,8 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from bpo_fast.train.loading import in_row
+
 # What training reads of an example.
 EXAMPLE_COLUMNS = ("images", "image", "prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
 
@@ -48,7 +50,8 @@ class Examples(Dataset):
     def whole(self, place: int) -> dict:
         """The example with its images, whatever is kept of them."""
         number = self.numbers[place]
-        return {**self.dataset[number], "number": number}
+        with in_row(number):
+            return {**self.dataset[number], "number": number}
 
     def keep(self, shown: Sequence[ImagesShown] | None, without_images: bool = False) -> None:
         """Give each example `shown`, by which a cache knows its images; None gives it no longer.

@@ -240,8 +240,6 @@ def _read_map(config, option):
 def _check_checkpointing(config):
     from torch.utils.checkpoint import checkpoint
 
-    from bpo_fast.models.checkpointing import check_mode
-
     # Two names each: transformers' older one, and the newer, which decides where it is set.
     newer = getattr(config, "activation_checkpointing", None)
     on = config.gradient_checkpointing if newer is None else newer
@@ -259,6 +257,8 @@ def _check_checkpointing(config):
                 f"{option}: found {given} with checkpointing {config.checkpointing!r}, expected None; leave one out."
             )
     if config.checkpointing is not None:
+        from bpo_fast.models.checkpointing import check_mode
+
         check_mode(config.checkpointing)
 
 

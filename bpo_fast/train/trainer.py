@@ -5,8 +5,7 @@ transformers.Trainer.
 """
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -39,6 +38,8 @@ from bpo_fast.train.collator import PackedSequence, PreferenceCollator
 from bpo_fast.train.config import BPOConfig
 from bpo_fast.train.examples import EXAMPLE_COLUMNS, Examples
 from bpo_fast.train.finite import FiniteGuard
+from bpo_fast.train.loading import Waiting, by_itself, errors_of_workers
+from bpo_fast.train.metrics import MetricSums
 from bpo_fast.train.options import check_batch, check_devices
 from bpo_fast.train.start_check import check_packed_forward
 
@@ -124,8 +125,7 @@ class BPOTrainer(Trainer):
             token_budget=args.token_budget,
             responses=self.responses,
         )
-        # For each packed sequence since the last log: name -> (sum, count).
-        self._metrics: dict[str, list[dict[str, tuple]]] = {"train": [], "eval": []}
+        self._metrics, self._waiting = {"train": MetricSums(), "eval": MetricSums()}, Waiting()
         # Tokens trained on in this process, and in all before it, whose number a checkpoint keeps.
         self._num_train_tokens, self._num_tokens_before = 0, 0
         self._guard = FiniteGuard()
@@ -144,6 +144,7 @@ class BPOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self.accelerator.dataloader_config.non_blocking = True  # a batch is copied while the step before computes
 
     def _set_signature_columns_if_needed(self):
         self._signature_columns = [*EXAMPLE_COLUMNS, "number", "shown"]
@@ -188,7 +189,8 @@ class BPOTrainer(Trainer):
             self._start_difference = difference
         use_caches(self, self._kept_reference)
         self._gradients_unseen = True
-        with _layers_as_they_are(self.args):
+        self._waiting.take()
+        with errors_of_workers(), self.args.layers_as_they_are():
             output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         self._guard.check()
         return output
@@ -225,6 +227,19 @@ class BPOTrainer(Trainer):
         bad += ({"dataset": name, **asdict(pair)} for pair in found)
         left_out = {pair.number for pair in found}
         return Examples(dataset, [number for number in range(len(dataset)) if number not in left_out])
+
+    def get_train_dataloader(self):
+        """Loads batches without drawing random numbers of the training; see `transformers.Trainer`."""
+        return by_itself(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        """Loads batches without drawing random numbers of the training; see `transformers.Trainer`."""
+        return by_itself(super().get_eval_dataloader(eval_dataset))
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The batches of an update step, and how long they were waited for; see `transformers.Trainer`."""
+        with self._waiting.waited():
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """One backward pass per packed sequence; each one's loss is its share of the batch's mean."""
@@ -276,7 +291,7 @@ class BPOTrainer(Trainer):
         sequence: PackedSequence = inputs["sequence"]
         compute = self._sft_loss if self.responses == ("chosen",) else self._pair_loss
         loss, metrics = compute(model, sequence)
-        self._metrics["train" if model.training else "eval"].append(metrics)
+        self._metrics["train" if model.training else "eval"].add(metrics)
         if model.training:
             self._guard.add_loss(sequence.numbers, loss)
             self._num_train_tokens += sequence.packing.num_unshared_tokens
@@ -350,16 +365,13 @@ class BPOTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds TRL's metrics: means over the pairs, or the response tokens, since the last log."""
         mode = "train" if self.model.training else "eval"
-        # Values wait on the device until here, so that a step costs no synchronisation.
-        waiting, self._metrics[mode] = self._metrics[mode], []
-        if waiting:
-            names = list(waiting[0])
-            numbers = [number for metrics in waiting for name in names for number in metrics[name]]
-            table = torch.stack([_float64(number, self.args.device) for number in numbers])
-            sums = table.view(len(waiting), -1).sum(0)
-            sums = torch.cat([sums, sums.new_tensor([self._num_train_tokens])])
-            *sums, num_tokens = self.accelerator.reduce(sums, reduction="sum").tolist()
+        if (taken := self._metrics[mode].take(self.args.device)) is not None:
+            names, sums = taken
+            sums = torch.cat([sums, sums.new_tensor([self._num_train_tokens, *self._waiting.take()])])
+            *sums, num_tokens, waited, seconds = self.accelerator.reduce(sums, reduction="sum").tolist()
             prefix = "eval_" if mode == "eval" else ""
+            if mode == "train":
+                logs["data_wait"] = round(waited / seconds, 4)
             for name, total, count in zip(names, sums[::2], sums[1::2], strict=True):
                 logs[prefix + name] = total / max(1.0, count)
             logs[prefix + "num_tokens"] = self._num_tokens_before + int(num_tokens)
@@ -371,24 +383,3 @@ class BPOTrainer(Trainer):
 def _chosen_first(branches: torch.Tensor) -> torch.Tensor:
     """[2B] in the packed order chosen, rejected, chosen, ... -> [2B], all chosen and then all rejected."""
     return branches.view(-1, 2).t().reshape(-1)
-
-
-def _float64(number: torch.Tensor | int, device: torch.device) -> torch.Tensor:
-    """A scalar on the device; a host's number is filled in there, which unlike a copy waits for nothing."""
-    if isinstance(number, torch.Tensor):
-        return number.to(torch.float64)
-    return torch.full((), number, dtype=torch.float64, device=device)
-
-
-@contextmanager
-def _layers_as_they_are(args: BPOConfig) -> Iterator[None]:
-    """Keeps transformers from setting its own checkpointing, of vision layers too, over that of the layers."""
-    names = ("gradient_checkpointing", "activation_checkpointing") if args.checkpointing_mode is not None else ()
-    own = {name: getattr(args, name) for name in names if hasattr(args, name)}
-    try:
-        for name in own:
-            setattr(args, name, False)
-        yield
-    finally:
-        for name, value in own.items():
-            setattr(args, name, value)

@@ -44,7 +44,8 @@ def log(folder):
     """What a run logged, but for how long it took."""
     last = max(Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
     history = json.loads((last / "trainer_state.json").read_text())["log_history"]
-    return [{name: value for name, value in entry.items() if "second" not in name} for entry in history]
+    timed = ("second", "data_wait")
+    return [{n: value for n, value in entry.items() if not any(part in n for part in timed)} for entry in history]
 
 
 def files(folder):
