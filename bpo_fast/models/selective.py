@@ -8,6 +8,7 @@ of what its own backward pass saved of it.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -28,8 +29,7 @@ def run_selectively(layer: nn.Module, function: Callable, *args, preserve_rng_st
         function: its forward, which gets `args`.
         preserve_rng_state: the layer draws random numbers, which are to be the same in the second run.
     """
-    run = _Run(list(_linears(layer)), function, args, preserve_rng_state)
-    return run.first()
+    return _Run(layer, function, args, preserve_rng_state).first()
 
 
 def _linears(module: nn.Module) -> Iterator[nn.Module]:
@@ -40,6 +40,15 @@ def _linears(module: nn.Module) -> Iterator[nn.Module]:
             yield child
         else:
             yield from _linears(child)
+
+
+def rotates_in_place(layer: nn.Module) -> bool:
+    """Whether a layer's queries and keys are rotated by a kernel that another library has put in.
+
+    Liger's writes over them, which autograd's count of versions does not see.
+    """
+    rotate = getattr(sys.modules[type(layer).__module__], "apply_rotary_pos_emb", None)
+    return rotate is not None and not rotate.__module__.startswith("transformers.")
 
 
 class _Saved:
@@ -54,8 +63,9 @@ class _Saved:
 class _Run:
     """The two runs of a layer in one step."""
 
-    def __init__(self, linears, function, args, preserve_rng_state):
-        self.linears, self.function, self.args = linears, function, args
+    def __init__(self, layer, function, args, preserve_rng_state):
+        self.linears, self.function, self.args = list(_linears(layer)), function, args
+        self.copies = rotates_in_place(layer)
         self.device = next((x.device for x in args if isinstance(x, torch.Tensor)), torch.device("cpu"))
         # Of each call of a linear, in their order: its output with its version, and what its nodes saved of its input.
         self.outputs: list[tuple[torch.Tensor, int] | None] = []
@@ -87,7 +97,7 @@ class _Run:
         self.saved_before_last = len(self.saved)
         if self.random is not None:
             self.random.append(self._random_state())
-        return output
+        return output.clone() if self.copies else output
 
     def _save(self, tensor):
         if self.input is None:

@@ -36,7 +36,10 @@ class FiniteGuard:
             return
         numbers, values = zip(*losses, strict=True)
         values = torch.stack(values).float()
-        norm = values.new_zeros(1) if grad_norm is None else torch.as_tensor(grad_norm).to(values).reshape(1)
+        if isinstance(grad_norm, torch.Tensor):
+            norm = grad_norm.to(values).reshape(1)
+        else:
+            norm = values.new_full((1,), grad_norm or 0.0)
         self.check()
         judged = torch.cat([values, norm])
         if judged.is_cuda:

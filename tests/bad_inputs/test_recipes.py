@@ -155,6 +155,8 @@ OPTIONS = {
     "--seed null": "--seed: found null, expected a whole number; leave it out for its default.",
     "--gradient_accumulation_steps 0": "gradient_accumulation_steps: found 0, expected a whole number of at least 1.",
     "--per_device_train_batch_size -2": "per_device_train_batch_size: found -2, expected a whole number of at least",
+    "--checkpointing half": "checkpointing: found 'half', expected one of none, selective, every_N, full, offload, N",
+    "--checkpointing every_1": "checkpointing: found 'every_1', expected one of none, selective, every_N, full, offl",
     "--lora_r 0": "lora_r: found 0, expected a whole number of at least 1.",
     "--lora_alpha 0": "lora_alpha: found 0, expected a whole number of at least 1.",
     "--max_steps 0": "max_steps: found 0, expected a whole number of at least 1, or -1 for num_train_epochs.",

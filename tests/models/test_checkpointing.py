@@ -1,5 +1,6 @@
 """What layers keep for the backward pass: equal gradients in every mode, bytes by hand."""
 
+import sys
 import weakref
 
 import pytest
@@ -13,10 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from bpo_fast.models.checkpointing import draws_random_numbers, set_checkpointing
 from bpo_fast.models.packed_forward import enable_packed_forward
 from bpo_fast.models.packing import Group, pack
+from bpo_fast.models.selective import rotates_in_place
 
 MODES = ["selective", "every_2", "full", "offload"]
 GROUPS = [Group([1, 9, 8, 7], [[10, 11, 13], [12]]), Group([1, 9], [[13, 14], [15, 16, 17]])]
@@ -188,3 +191,81 @@ def test_random_numbers_are_kept_where_a_layer_draws_any():
     (layer, _) = layers(0.0)
     layer.mlp.router_jitter_noise = 0.01
     assert draws_random_numbers(layer)
+
+
+class Noisy(nn.Linear):
+    """A linear with dropout of its own, as LoRA has it."""
+
+    def forward(self, x):
+        return super().forward(nn.functional.dropout(x, 0.5, self.training))
+
+
+class Layer(GradientCheckpointingLayer):
+    """Two linears with dropout before, in and after them, and what else a layer does with the first one's output."""
+
+    def __init__(self, write=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.dropout, self.second, self.write = Noisy(8, 8), nn.Dropout(0.3), Noisy(8, 8), write
+
+    def forward(self, x):
+        hidden = self.first(self.dropout(x).sin())
+        if self.write is not None:
+            hidden = self.write(hidden)
+        return self.second(self.dropout(hidden.cos())).exp()
+
+
+def layer_gradients(mode, write=None):
+    model = nn.ModuleList([Layer(write)]).train()
+    set_checkpointing(model, mode)
+    torch.manual_seed(5)
+    x = torch.randn(4, 8).requires_grad_()
+    model[0](x).sum().backward()
+    return {"x": x.grad} | {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("mode", ["selective", "full", "offload"])
+def test_dropout_beside_the_linears_is_the_same_in_both_runs(mode):
+    assert_same(layer_gradients(mode), layer_gradients("none"))
+
+
+def test_a_layer_that_writes_into_a_linears_output_is_told():
+    with pytest.raises(RuntimeError, match="checkpointing: found a layer that writes into the output of Noisy 0, exp"):
+        layer_gradients("selective", lambda hidden: hidden.mul_(2))
+
+
+def test_a_kernel_that_writes_there_unseen_is_seen_to(monkeypatch):
+    def rotate(hidden):
+        hidden.detach().numpy()[:] *= 2  # as a kernel does, without a word to autograd
+        return hidden * 1
+
+    rotate.__module__ = "liger_kernel.ops"
+    expected = layer_gradients("full", rotate)
+    assert not rotates_in_place(Layer())
+    monkeypatch.setattr(sys.modules[Layer.__module__], "apply_rotary_pos_emb", rotate, raising=False)
+    assert rotates_in_place(Layer())
+    assert_same(layer_gradients("selective", rotate), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device and its page-locked memory")
+def test_offloaded_inputs_leave_a_gpu_and_come_back():
+    model = decoder(4, "none").cuda()
+
+    def run(mode):
+        set_checkpointing(model.get_base_model(), mode)
+        model.zero_grad()
+        torch.manual_seed(1)
+        x = torch.randn(1, 4096, HIDDEN).cuda()
+        before = torch.cuda.memory_allocated()
+        output = model(inputs_embeds=x).last_hidden_state
+        torch.cuda.synchronize()
+        held = torch.cuda.memory_allocated() - before
+        output.sum().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, held
+
+    expected, full = run("full")
+    found, offloaded = run("offload")
+    assert_same(found, expected)
+    # All inputs but the last layer's, which is needed first.
+    assert full - offloaded == 3 * 4096 * HIDDEN * 4

@@ -220,4 +220,32 @@ MUTATIONS = [
         "else 0",
         "tests/models/test_fused_linear.py::test_one_buffer_serves_weights_of_all_sizes_and_each_thread_has_its_own",
     ),
+    Mutation(
+        "an output that a layer writes into, kept as it is afterwards",
+        "bpo_fast/models/selective.py",
+        "        if output._version != version:\n",
+        "        if False:\n",
+        "tests/models/test_checkpointing.py::test_a_layer_that_writes_into_a_linears_output_is_told",
+    ),
+    Mutation(
+        "an output that a kernel writes into, kept as it is afterwards",
+        "bpo_fast/models/selective.py",
+        "        return output.clone() if self.copies else output\n",
+        "        return output\n",
+        "tests/models/test_checkpointing.py::test_a_kernel_that_writes_there_unseen_is_seen_to",
+    ),
+    Mutation(
+        "other dropout in a layer's second run, whose linears drew none",
+        "bpo_fast/models/selective.py",
+        "            self._set_random_state(self.random[number + 1])\n",
+        "            pass\n",
+        "tests/models/test_checkpointing.py::test_dropout_beside_the_linears_is_the_same_in_both_runs",
+    ),
+    Mutation(
+        "random numbers not kept where a layer draws them",
+        "bpo_fast/models/checkpointing.py",
+        "        return module.p > 0\n",
+        "        return False\n",
+        "tests/models/test_checkpointing.py::test_dropout_beside_the_linears_is_the_same_in_both_runs",
+    ),
 ]

@@ -185,4 +185,25 @@ MUTATIONS = [
         "x.detach().reshape(-1)[:256].contiguous()",
         "tests/models/test_tensors.py::test_the_last_bit_of_any_value_counts",
     ),
+    Mutation(
+        "dropout that depends on how often was evaluated, and on workers",
+        "bpo_fast/train/loading.py",
+        '    getattr(loader, "base_dataloader", loader).generator = torch.Generator()\n',
+        "",
+        "tests/train/test_loading.py::test_neither_workers_nor_evaluations_change_a_training",
+    ),
+    Mutation(
+        "an image that went bad during a training, of some row",
+        "bpo_fast/train/loading.py",
+        "    if number is None:\n",
+        "    if True:\n",
+        "tests/train/test_loading.py::test_an_image_that_went_bad_after_the_check_names_its_row",
+    ),
+    Mutation(
+        "a step that waits for its device to tell what the host knows",
+        "bpo_fast/models/packed_forward.py",
+        "    lengths = [length for branches in packing.branch_lengths for length in branches]\n",
+        "    lengths = packing.num_tokens.tolist()\n",
+        "tests/train/test_waits.py::test_no_step_waits_between_logs",
+    ),
 ]
