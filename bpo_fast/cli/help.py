@@ -51,6 +51,7 @@ def train_groups(loss_options: list[str]) -> dict[str, dict[str, str | None]]:
             "gradient_checkpointing": None,
             "checkpointing": None,
             "bf16": None,
+            "deterministic_attention": None,
             "use_cpu": "Train on the CPU even where there is a GPU.",
             "seed": "Random seed of the order of pairs, the adapter's first weights and dropout.",
             "dataloader_num_workers": "Processes that prepare batches; 0 does it between steps.",

@@ -131,7 +131,7 @@ def load_model(
         raise ImportError("quantization: found 'nf4' without bitsandbytes; pip install 'bitsandbytes>=0.48'.")
     _check_model(path, trust_remote_code)
     if dtype == "auto" and float16_as is not None and _is_float16(path):
-        options["dtype"] = float16_as
+        dtype = options["dtype"] = float16_as
     if quantization:
         options["quantization_config"] = _nf4(path, dtype, trust_remote_code)
     # Before the model, which takes minutes.

@@ -355,3 +355,12 @@ def test_a_float16_checkpoint_is_loaded_as_asked(folder, changes, options, loade
     assert {parameter.dtype for parameter in model.parameters()} == {loaded}
     (head,) = (weight for name, weight in load_file(folder / MODEL).items() if name.endswith("lm_head.weight"))
     assert torch.equal(model.get_output_embeddings().weight, head.to(loaded))
+
+
+def test_a_float16_checkpoint_in_4_bits_computes_as_asked(folder):
+    tensors(folder / MODEL, lambda weights: {name: weight.half() for name, weight in weights.items()})
+    edit(folder / "model/config.json", dtype="float16")
+    model = load_model(folder / "model", device="cpu", quantization="nf4", float16_as=torch.bfloat16)
+    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    assert len(layers) == 14
+    assert {(layer.compute_dtype, layer.weight.quant_state.dtype) for layer in layers} == {(torch.bfloat16,) * 2}

@@ -94,4 +94,11 @@ MUTATIONS = [
         "        if True:\n",
         "tests/models/test_flash.py::test_torchs_own_is_deterministic_for_its_backward_pass_alone",
     ),
+    Mutation(
+        "4 bits that compute in float16 under bfloat16 autocast",
+        "bpo_fast/models/load.py",
+        '        dtype = options["dtype"] = float16_as\n',
+        '        options["dtype"] = float16_as\n',
+        "tests/models/test_load.py::test_a_float16_checkpoint_in_4_bits_computes_as_asked",
+    ),
 ]
