@@ -31,7 +31,7 @@ def run(mutation, tree):
         path.write_text(source)
         # Processes that a test starts import the changed tree, too.
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tree)}
-        if mutation.test.startswith(INTERPRETED):
+        if mutation.test.startswith(os.path.dirname(INTERPRETED)):
             environment["TRITON_INTERPRET"] = "1"
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", mutation.test]
         done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)

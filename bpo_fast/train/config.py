@@ -7,6 +7,7 @@ from typing import Any, get_type_hints
 
 import torch
 from transformers import TrainingArguments
+from transformers.utils import is_liger_kernel_available
 
 from bpo_fast.losses.config import LOSS_OPTIONS, LossConfig
 from bpo_fast.losses.table import losses_that
@@ -65,6 +66,8 @@ class BPOConfig(LossOptions, TrainingArguments):
         dataloader_num_workers: processes that prepare batches while the step before computes; the result does not
             depend on it. By default one to four for a GPU and none on a CPU, whose cores compute.
         dataloader_persistent_workers: keep them from epoch to epoch; by default they are.
+        use_liger_kernel: norms, rotations and gated activations of the language model by Liger's kernels, never its
+            losses (`models.elementwise`). None is where liger-kernel is installed and the model trains on CUDA.
         strict: raise for an example that cannot be trained on; by default it is left out and listed in `output_dir`.
         precompute_ref_log_probs: keep the reference's log-probs of every pair on disk, made before the first step.
         cache_image_features: keep the vision part's output for every image on disk; no image is then decoded and no
@@ -105,6 +108,10 @@ class BPOConfig(LossOptions, TrainingArguments):
     keep_dequantized: bool = field(
         default=False,
         metadata={"help": "With nf4: hold a recomputed layer's weights in 16 bits until its backward pass."},
+    )
+    use_liger_kernel: bool | None = field(
+        default=None,
+        metadata={"help": "Liger's norms, rotations and activations, not its losses; by default where they run."},
     )
     strict: bool = field(
         default=False, metadata={"help": "Stop for a pair that cannot be used instead of leaving it out."}
@@ -164,6 +171,15 @@ class BPOConfig(LossOptions, TrainingArguments):
                 "reads no reference; leave it out."
             )
         super().__post_init__()
+        if self.use_liger_kernel and not is_liger_kernel_available():
+            raise ImportError(
+                "use_liger_kernel: found True without liger-kernel; pip install 'liger-kernel>=0.8', or leave it out."
+            )
+        if self.use_liger_kernel and self.device.type != "cuda":
+            raise ValueError(
+                f"use_liger_kernel: found True on {self.device.type}, expected False, since its kernels run on a GPU "
+                "alone; leave it out."
+            )
         if self.fp16 and self.device.type == "cpu":
             raise ValueError("fp16: found True on a CPU, expected False; set bf16 to true, or leave both out.")
         for name in ("split_batches", "dispatch_batches"):
@@ -171,6 +187,13 @@ class BPOConfig(LossOptions, TrainingArguments):
                 raise ValueError(
                     f"accelerator_config: found {name}=True, expected False: every process packs its own pairs."
                 )
+
+    @property
+    def fuses_elementwise(self) -> bool:
+        """`use_liger_kernel`, or whether this machine can."""
+        if self.use_liger_kernel is not None:
+            return self.use_liger_kernel
+        return self.device.type == "cuda" and is_liger_kernel_available()
 
     @property
     def checkpointing_mode(self) -> str | None:
@@ -183,8 +206,9 @@ class BPOConfig(LossOptions, TrainingArguments):
 
     @contextmanager
     def layers_as_they_are(self) -> Iterator[None]:
-        """Keeps transformers from setting its own checkpointing, of vision layers too, over that of the layers."""
+        """Keeps transformers from setting its own checkpointing, of vision layers too, and Liger's losses."""
         names = ("gradient_checkpointing", "activation_checkpointing") if self.checkpointing_mode is not None else ()
+        names += ("use_liger_kernel",)
         own = {name: getattr(self, name) for name in names if hasattr(self, name)}
         try:
             for name in own:

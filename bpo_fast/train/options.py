@@ -45,7 +45,7 @@ NUMBERS = {
 
 _SCRIPT = "a flag for scripts, which no trainer reads; leave it out"
 _COMPILED = "every packed sequence has another length, so every step would be compiled anew; leave it out"
-_LIGER = "it replaces the forward pass that packing wraps, and the losses here are fused already; leave it out"
+_LIGER = "what Liger's kernels compute here is fixed, and its losses are not used; leave it out, see use_liger_kernel"
 _METRICS = "packed sequences give no logits to make metrics of; read the logged metrics"
 _HUB = "no command uploads; when it is done, use hf upload REPO OUTPUT_DIR"
 _SHARDED = "the packed forward pass reads whole weights; start one process per GPU with torchrun"
@@ -65,7 +65,6 @@ REFUSED = {
     "torch_compile": _COMPILED,
     "torch_compile_backend": _COMPILED,
     "torch_compile_mode": _COMPILED,
-    "use_liger_kernel": _LIGER,
     "liger_kernel_config": _LIGER,
     "use_cache": "training reads no cache of keys and values; leave it out",
     "neftune_noise_alpha": "policy and reference would get different noise, scaled by the length of the packed "

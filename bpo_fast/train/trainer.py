@@ -19,6 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, enabl
 
 from bpo_fast.losses.preference import Responses, token_preference
 from bpo_fast.models.checkpointing import set_checkpointing
+from bpo_fast.models.elementwise import fuse_elementwise
 from bpo_fast.models.fused_linear import fuse_linears
 from bpo_fast.models.load import load_model, load_processor
 from bpo_fast.models.lora import adapter_disabled, check_gradients, with_fresh_adapter
@@ -145,6 +146,8 @@ class BPOTrainer(Trainer):
             optimizers=optimizers,
         )
         self.accelerator.dataloader_config.non_blocking = True  # a batch is copied while the step before computes
+        if args.fuses_elementwise:  # on its device, where the kernels are tried
+            fuse_elementwise(model.get_base_model().get_decoder())
 
     def _set_signature_columns_if_needed(self):
         self._signature_columns = [*EXAMPLE_COLUMNS, "number", "shown"]

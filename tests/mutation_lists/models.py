@@ -248,4 +248,18 @@ MUTATIONS = [
         "        return False\n",
         "tests/models/test_checkpointing.py::test_dropout_beside_the_linears_is_the_same_in_both_runs",
     ),
+    Mutation(
+        "a rotation written into what a layer keeps",
+        "bpo_fast/ops/fused_elementwise.py",
+        ".clone(memory_format=torch.contiguous_format).transpose(1, 2) for x in (q, k)",
+        ".contiguous().transpose(1, 2) for x in (q, k)",
+        "tests/kernels/interpreted/elementwise_checks.py::test_only_the_activations_inputs_are_overwritten",
+    ),
+    Mutation(
+        "a kernel that computes another norm than the module",
+        "bpo_fast/models/elementwise.py",
+        "            if _agree(module, partial(forward, module), x):\n",
+        "            if True:\n",
+        "tests/kernels/interpreted/elementwise_checks.py::test_a_kernel_that_computes_something_else_is_not_used",
+    ),
 ]

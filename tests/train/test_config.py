@@ -40,3 +40,11 @@ def test_options_reach_the_loss_by_the_command_line(tmp_path):
 
 def test_the_output_folder_is_the_first_argument_as_in_trl(tmp_path):
     assert BPOConfig(str(tmp_path), use_cpu=True).output_dir == str(tmp_path)
+
+
+def test_ligers_kernels_are_for_a_gpu(tmp_path):
+    assert not BPOConfig(str(tmp_path), use_cpu=True, bf16=False).fuses_elementwise
+    with pytest.raises(
+        ValueError, match="use_liger_kernel: found True on cpu, expected False, since its kernels run on"
+    ):
+        BPOConfig(str(tmp_path), use_cpu=True, bf16=False, use_liger_kernel=True)

@@ -103,3 +103,15 @@ def test_no_way_of_checkpointing_changes_a_bit_and_weights_may_be_kept_for_one(t
     assert counts["full", 0] == counts["none", 0] + 2 * 14
     # One less in each of two steps for 14 linears, but for three of the first layer: no gradient goes below them.
     assert counts["full", 1] == counts["full", 0] - 2 * (14 - 3)
+
+
+def test_ligers_kernels_go_on_the_decoder_alone_and_its_losses_nowhere(tmp_path, monkeypatch):
+    fused = []
+    monkeypatch.setattr(BPOConfig, "fuses_elementwise", True)
+    monkeypatch.setattr("bpo_fast.train.trainer.fuse_elementwise", fused.append)
+    monkeypatch.setattr("transformers.trainer.apply_liger_kernel", None)
+    trainer = trainer_of(tmp_path, make_llava(), max_steps=1)
+    trainer.args.use_liger_kernel = True
+    trainer.train()
+    assert fused == [trainer.model.get_base_model().get_decoder()]
+    assert trainer.args.use_liger_kernel

@@ -25,7 +25,7 @@ TAKEN = {
     *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
     *("restore_callback_states_from_checkpoint", "full_determinism", "use_cpu", "accelerator_config"),
     *("dataloader_drop_last", "dataloader_pin_memory", "dataloader_persistent_workers"),
-    *("dataloader_multiprocessing_context", "remove_unused_columns"),
+    *("dataloader_multiprocessing_context", "remove_unused_columns", "use_liger_kernel"),
     *("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph"),
     *("ddp_backend", "ddp_timeout", "debug", "skip_memory_metrics", "resume_from_checkpoint", "local_rank"),
 }
