@@ -65,6 +65,29 @@ def dtypes(monkeypatch):
     return seen
 
 
+@pytest.mark.gpu("FlashAttention")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU for variable-length FlashAttention")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_on_a_gpu_autocast_reaches_flash_attention(monkeypatch, dtype):
+    chosen, choose = [], attention.choose_backend
+
+    def spied(*args):
+        chosen.append(choose(*args)[0])
+        return choose(*args)
+
+    monkeypatch.setattr(attention, "choose_backend", spied)
+    model, packing, pixels = adapted().to("cuda", dtype), packed().to("cuda"), torch.randn(3, 3, 16, 16, device="cuda")
+    rows = torch.nonzero(packing.input_ids == IMAGE).flatten()
+    features = image_features(model, {"pixel_values": pixels})
+    with torch.autocast("cuda", torch.bfloat16):
+        ours = model(packing=packing, image_features=features, image_rows=rows).token_logps
+    ours.sum().backward()
+    assert len(chosen) == LAYERS
+    assert "sdpa" not in chosen
+    expected = scored(model.double(), packing, pixels.double())
+    assert relative(ours.double(), expected) < 2e-2
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_attention_and_head_compute_in_autocasts_dtype(dtypes, dtype):
     model, packing, pixels = adapted().to(dtype), packed(), torch.randn(3, 3, 16, 16)
