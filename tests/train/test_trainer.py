@@ -242,7 +242,7 @@ class Counting(BPOTrainer):
         self.counts.append(len(inputs["sequences"]))
         return super().training_step(model, inputs, num_items_in_batch)
 
-options = dict(max_steps=5, per_device_train_batch_size=2, token_budget={token_budget})
+options = dict(max_steps=5, per_device_train_batch_size=2, token_budget={token_budget}, checkpointing={mode!r})
 if {token_budget}:
     options |= dict(cache_image_features=True, precompute_ref_log_probs=True, cache_dir={folder!r} + "-cache")
 trainer = run({folder!r}, trainer_class=Counting, **options)
@@ -261,12 +261,13 @@ if trainer.is_world_process_zero():
 def test_two_processes_train_as_one(tmp_path, token_budget):
     """A budget gives the ranks different numbers of packed sequences, and gradients are exchanged once a step.
 
-    With it they keep image features and the reference's log-probs, too, which they make together.
+    With it they keep image features and the reference's log-probs, too, which they make together. Their layers run
+    again in other ways than those of the process alone.
     """
     alone = run(tmp_path / "alone", max_steps=5, per_device_train_batch_size=4)
     script = tmp_path / "rank.py"
     places = {"tests": TESTS, "folder": str(tmp_path / "two"), "answer": str(tmp_path / "answer")}
-    places["token_budget"] = token_budget
+    places |= {"token_budget": token_budget, "mode": "offload" if token_budget is None else "selective"}
     script.write_text(RANK.format(**places))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     finished = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
