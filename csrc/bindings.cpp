@@ -1,5 +1,5 @@
-// Python's view of the extension: pointers as integers, sizes in elements. Nothing is checked here beyond the dtype
-// codes; bpo_fast.ops.noise.add and bpo_fast.ops.noise.rows check tensors.
+// Python's view of the extension: pointers as integers, sizes in elements. Checked here is what needs no look at
+// memory: sizes that fit each other and pointers that are there. bpo_fast.ops.noise checks tensors and their indices.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -11,6 +11,29 @@
 namespace py = pybind11;
 
 namespace {
+
+void require(bool condition, const char* name, int64_t found, const std::string& expected) {
+  if (!condition) {
+    throw py::value_error(std::string(name) + ": found " + std::to_string(found) + ", expected " + expected + ".");
+  }
+}
+
+// What would otherwise read or write past the memory of the call, or divide by zero.
+void check_arguments(const bpo::NoiseArguments& a) {
+  require(a.samples >= 0, "samples", a.samples, "0 or more");
+  require(a.n >= 0, "n", a.n, "0 or more");
+  require(a.levels >= 0, "levels", a.levels, "0 or more");
+  require(a.x_stride >= 0, "x_stride", a.x_stride, "0 or more");
+  require(a.out_stride >= 0, "out_stride", a.out_stride, "0 or more");
+  require(a.level_stride >= 0, "level_stride", a.level_stride, "0 or more");
+  require(a.ladder || a.levels <= 1, "levels", a.levels, "at most 1 without ladder");
+  if (a.samples == 0 || a.n == 0 || a.levels == 0) return;
+  require(a.width >= 1 && a.n % a.width == 0, "width", a.width, "a divisor of n, " + std::to_string(a.n));
+  require(a.x, "x", 0, "an address");
+  require(a.out, "out", 0, "an address");
+  require(a.scales, "scales", 0, "an address");
+  require(!a.ladder || a.steps, "steps", 0, "an address for a ladder");
+}
 
 // NoiseArguments with every field by name; Python and philox_normal.h use the same names.
 bpo::NoiseArguments arguments(uintptr_t x, uintptr_t out, int64_t samples, int64_t n, int64_t x_stride,
@@ -34,14 +57,12 @@ bpo::NoiseArguments arguments(uintptr_t x, uintptr_t out, int64_t samples, int64
   a.out_rows = reinterpret_cast<const int64_t*>(out_rows);
   a.seed = static_cast<uint64_t>(seed);
   a.ladder = ladder;
+  check_arguments(a);
   return a;
 }
 
 void check_dtype(const char* name, int dtype) {
-  if (dtype < bpo::kFloat32 || dtype > bpo::kFloat16) {
-    throw py::value_error(std::string(name) + ": found " + std::to_string(dtype) +
-                          ", expected 0 (float32), 1 (bfloat16) or 2 (float16).");
-  }
+  require(dtype >= bpo::kFloat32 && dtype <= bpo::kFloat16, name, dtype, "0 (float32), 1 (bfloat16) or 2 (float16)");
 }
 
 }  // namespace

@@ -1,5 +1,7 @@
 """bpo_fast._C by itself: the generator, every instruction set, threads, storage types."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -184,6 +186,31 @@ def test_unknown_isa_and_dtype_are_refused():
         _C.noise_cpu(nothing, 9, 0)
     with pytest.raises(ValueError, match=r"^out_dtype: found 3, expected 0 "):
         _C.noise_cpu(nothing, 0, 3)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"samples": -1}, "samples: found -1, expected 0 or more."),
+        ({"n": -8}, "n: found -8, expected 0 or more."),
+        ({"levels": -1}, "levels: found -1, expected 0 or more."),
+        ({"width": 0}, "width: found 0, expected a divisor of n, 8."),
+        ({"width": 3}, "width: found 3, expected a divisor of n, 8."),
+        ({"width": 16}, "width: found 16, expected a divisor of n, 8."),
+        ({"x_stride": -8}, "x_stride: found -8, expected 0 or more."),
+        ({"out_stride": -8}, "out_stride: found -8, expected 0 or more."),
+        ({"level_stride": -8}, "level_stride: found -8, expected 0 or more."),
+        ({"levels": 2}, "levels: found 2, expected at most 1 without ladder."),
+        ({"ladder": True}, "steps: found 0, expected an address for a ladder."),
+        ({"x": 0}, "x: found 0, expected an address."),
+        ({"out": 0}, "out: found 0, expected an address."),
+        ({"scales": 0}, "scales: found 0, expected an address."),
+    ],
+)
+def test_what_would_read_out_of_bounds_is_refused(wrong, sentence):
+    right = {"samples": 1, "n": 8, "width": 8, "x_stride": 8, "out_stride": 8, "x": 64, "out": 64, "scales": 64}
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+        _C.NoiseArguments(**right | wrong, seed=0)
 
 
 def test_import_needs_no_driver():

@@ -46,11 +46,31 @@ def check_samples_apart(out: Tensor, leading: int = 1) -> None:
         extent += stride * (size - 1)
 
 
+def _check_operands(x, out, arguments):
+    """What the extension reads by its address alone: the dtypes and lengths that the fields of NoiseArguments have."""
+    if out.device != x.device:
+        raise ValueError(f"out: found on {out.device}, expected on {x.device}, the device of x.")
+    samples = arguments["samples"]
+    steps = arguments["levels"] if arguments.get("ladder") else samples
+    rows = samples * arguments["n"] // arguments["width"]
+    counts = {"steps": steps, "ids": samples, "source": samples, "out_rows": rows}
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            dtype, count = (torch.int64, counts[name]) if name in counts else (torch.float32, value.numel())
+            if value.dtype != dtype or value.numel() != count:
+                raise ValueError(f"{name}: found {value.numel()} of {value.dtype}, expected {count} of {dtype}.")
+
+
 def launch(x: Tensor, out: Tensor, **arguments: int | bool | Tensor | None) -> None:
     """Run the extension on x's device; `arguments` are the fields of NoiseArguments in csrc/philox_normal.h.
 
-    Tensors that are elsewhere are copied to x's device, without waiting if that is a GPU. None is a null pointer.
+    Tensors that are elsewhere are copied to x's device, without waiting if that is a GPU. None is a null pointer. On a
+    GPU it is queued on the current stream of x's device, which need not be the current device.
+
+    Raises:
+        ValueError: an operand of another dtype, length or device than the extension takes for granted.
     """
+    _check_operands(x, out, arguments)
     on_cuda = x.device.type == "cuda"
     extension = native.cuda_extension() if on_cuda else native.extension()
     copies = {
@@ -66,7 +86,7 @@ def launch(x: Tensor, out: Tensor, **arguments: int | bool | Tensor | None) -> N
         extension.noise_cpu(call, *codes, torch.get_num_threads())
         return
     with torch.cuda.device(x.device):
-        extension.noise_cuda(call, *codes, x.device.index, torch.cuda.current_stream().cuda_stream)
+        extension.noise_cuda(call, *codes, x.device.index, torch.cuda.current_stream(x.device).cuda_stream)
 
 
 def launch_samples(
