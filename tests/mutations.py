@@ -18,7 +18,7 @@ from mutation_lists import cli, data, kernels, models, precision, runs, train
 from mutation_lists.mutation import INTERPRETED
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("bpo_fast", "kernels", "recipes", "tests", "examples", "pyproject.toml")
+COPIED = ("bpo_fast", "kernels", "csrc", "recipes", "tests", "examples", "pyproject.toml")
 MUTATIONS = [mutation for part in (kernels, precision, models, data, cli, train, runs) for mutation in part.MUTATIONS]
 
 

@@ -101,4 +101,32 @@ MUTATIONS = [
         "",
         "tests/losses/test_mistakes.py::test_errors_name_the_argument",
     ),
+    Mutation(
+        "noise on a GPU: the counter's high word dropped past 2^34 elements",
+        "csrc/noise_cuda.cu",
+        "blocks(static_cast<uint32_t>(first_block >> 32), a.id(sample), keys)",
+        "blocks(0, a.id(sample), keys)",
+        "tests/csrc/test_cuda_on_host.py::test_counters_past_32_bits",
+    ),
+    Mutation(
+        "noise on a GPU: 16-byte accesses of rows that are not aligned to them",
+        "csrc/noise_cuda.cu",
+        "a.out_stride % kSize == 0 && ",
+        "",
+        "tests/csrc/test_cuda_on_host.py::test_strides",
+    ),
+    Mutation(
+        "noise on a GPU: a clean image's -0 becomes 0",
+        "csrc/noise_cuda.cu",
+        "Scales{1.0f, -0.0f}",
+        "Scales{1.0f, 0.0f}",
+        "tests/csrc/test_cuda_on_host.py::test_rows",
+    ),
+    Mutation(
+        "noise: 32-bit indices read as 64-bit ones past their end",
+        "bpo_fast/ops/noise/launch.py",
+        "    _check_operands(x, out, arguments)\n",
+        "",
+        "tests/ops/noise/test_launch.py",
+    ),
 ]
