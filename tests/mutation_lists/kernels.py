@@ -127,6 +127,6 @@ MUTATIONS = [
         "bpo_fast/ops/noise/launch.py",
         "    _check_operands(x, out, arguments)\n",
         "",
-        "tests/ops/noise/test_launch.py",
+        "tests/ops/noise/test_launch.py::test_operands_that_would_be_read_past_their_end_are_refused",
     ),
 ]
