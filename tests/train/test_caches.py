@@ -76,7 +76,7 @@ def history(trainer, name):
 )
 def test_the_same_training_as_without(tmp_path, options):
     """50 steps with each cache, in fp32: losses and all else that is logged within 1e-5 of a sum of log-probs."""
-    steps = 50 if options == BOTH else 6
+    steps = 50 if options == BOTH else 3
     live = {name: value for name, value in options.items() if name not in (*BOTH, "dataloader_num_workers")}
     expected = train(tmp_path, max_steps=steps, **live)
     kept = train(tmp_path, max_steps=steps, cache_dir=str(tmp_path / "cache"), **options)
@@ -178,6 +178,9 @@ CHANGES = {
 }
 
 
+OF_FEATURES = ("weight of the projector", "type of the weights", "autocast", "image processor")
+
+
 @pytest.fixture(scope="module")
 def kept_before(tmp_path_factory):
     """A cache of three pairs, and what was logged."""
@@ -195,10 +198,11 @@ def test_what_was_kept_for_another_setting_is_never_used(tmp_path, kept_before, 
     shutil.copytree(cache, tmp_path / "cache")
     cached = BOTH | {"max_steps": 1, "cache_dir": str(tmp_path / "cache")}
     kept = train(tmp_path, pairs=pairs, **cached, **{name: make() for name, make in CHANGES[change].items()})
-    live = train(tmp_path, pairs=pairs, max_steps=1, **{name: make() for name, make in CHANGES[change].items()})
     assert history(kept, "logps/chosen") != before
-    for name in ("logps/chosen", "logps/rejected", "rewards/margins"):
-        assert history(kept, name) == pytest.approx(history(live, name), abs=1e-4), name
+    assert history(kept, "rewards/margins") == pytest.approx([0.0], abs=1e-6)  # of this reference
+    if change in OF_FEATURES:
+        live = train(tmp_path, pairs=pairs, max_steps=1, **{name: make() for name, make in CHANGES[change].items()})
+        assert history(kept, "logps/chosen") == pytest.approx(history(live, "logps/chosen"), abs=1e-4)
     places = [len(list((tmp_path / "cache").glob(f"{name}/*"))) for name in ("image_features", "reference_log_probs")]
     assert places == ([1, 1] if change == "most tokens" else [2, 2])
 
