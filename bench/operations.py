@@ -15,7 +15,7 @@ from report import OURS
 
 import bpo_fast
 from bpo_fast.ops.head_sweep import chunk_rows, token_chunks
-from bpo_fast.ops.rows import accumulation_dtype
+from bpo_fast.ops.rows import accumulation_dtype, num_processors
 
 BETA, IGNORE_INDEX = 0.1, -100
 TRAINED_HEAD, IN_PLACE = {"variant": "trained head"}, {"variant": "in place"}
@@ -142,7 +142,8 @@ def products(p):
     """The matrix products alone, in the chunks that ours takes, into one memory: logits, their gradient times W."""
     hidden = p.rows.detach().flatten(0, -2)[: int((p.targets != IGNORE_INDEX).sum())]
     most = chunk_rows(len(p.head), accumulation_dtype(hidden.dtype), hidden.device)
-    chunks = [hidden[chunk] for chunk in token_chunks(len(hidden), most)]
+    shape = hidden.shape[1], num_processors(hidden)
+    chunks = [hidden[chunk] for chunk in token_chunks(len(hidden), most, *shape)]
     logits, gradient = hidden.new_empty(len(chunks[0]), len(p.head)), torch.empty_like(chunks[0])
 
     def step():

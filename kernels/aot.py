@@ -28,11 +28,16 @@ COMMAND = "python -m bpo_fast.kernels.aot"
 
 
 class Usage(NamedTuple):
-    """What one compiled kernel uses: registers a thread, spilled bytes a thread, bytes of shared memory a block."""
+    """What one compiled kernel uses.
+
+    Registers a thread, spilled bytes a thread, bytes of shared memory a block; instructions of its longest loop for
+    each logit that the loop loads, 0 where there is no loop over a row.
+    """
 
     registers: int
     spilled: int
     shared: int
+    instructions: float
 
 
 def _compile(variant, architecture):
@@ -45,7 +50,11 @@ def compile_variant(variant: Variant, architecture: int) -> Usage:
     compiled = _compile(variant, architecture)
     text = sass.cuobjdump(compiled.asm["cubin"], "--dump-resource-usage")
     usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
-    return Usage(usage["REG"], usage["STACK"] + usage["LOCAL"], compiled.metadata.shared)
+    loop = sass.longest_loop(sass.instructions(sass.cuobjdump(compiled.asm["cubin"])))
+    # The compiler unrolls further than it is told to, so the loads of the loop itself say how many logits it takes.
+    logits = sass.loaded_bytes(loop) / variant.loads_a_logit if variant.loads_a_logit else 0
+    instructions = len(loop) / logits if logits else 0.0
+    return Usage(usage["REG"], usage["STACK"] + usage["LOCAL"], compiled.metadata.shared, instructions)
 
 
 def _compile_by_index(index, architecture):
@@ -72,20 +81,24 @@ def markdown(table: list[tuple[Variant, dict[int, Usage]]]) -> str:
         f"Compiled ahead of time with triton {version('triton')} by `{COMMAND} --markdown docs/kernels-aot.md`, which",
         "made this file; `--check docs/kernels-aot.md` says whether it is still true.",
         "",
+        "Bytes are those read and written for a logit; what is read twice counts twice, though a cache may serve it.",
         "A cell is registers a thread · bytes of shared memory a block · theoretical occupancy, that is warps that a",
-        "multiprocessor holds at once, of those it could. What does not let it hold more is in brackets, unless it is",
-        "the number of warps itself. Bytes spilled from registers to local memory would stand behind.",
+        "multiprocessor holds at once, of those it could · instructions a logit, the static count of the longest loop",
+        "with the branches in it. What does not let it hold more warps is in brackets, unless it is their number",
+        "itself. Bytes spilled from registers to local memory would stand behind.",
         "",
-        f"| kernel | warps | {' | '.join(f'sm_{architecture}' for architecture in ARCHITECTURES)} |",
-        f"| --- | ---: |{' --- |' * len(ARCHITECTURES)}",
+        f"| kernel | warps | bytes | {' | '.join(f'sm_{architecture}' for architecture in ARCHITECTURES)} |",
+        f"| --- | ---: | ---: |{' --- |' * len(ARCHITECTURES)}",
     ]
     for variant, usages in table:
         cells = [
             f"{usage.registers} · {usage.shared} · {_occupancy_words(variant, architecture, usage)}"
+            + (f" · {usage.instructions:.1f}" if usage.instructions else "")
             + (f" · spills {usage.spilled}" if usage.spilled else "")
             for architecture, usage in usages.items()
         ]
-        lines.append(f"| `{variant.name}` | {variant.num_warps} | {' | '.join(cells)} |")
+        moved = variant.bytes_a_logit or ""
+        lines.append(f"| `{variant.name}` | {variant.num_warps} | {moved} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -141,7 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
     architectures = options.arch or tuple(ARCHITECTURES)
     jobs = [(index, architecture) for index, _ in chosen for architecture in architectures]
     width = max(len(variant.name) for _, variant in chosen)
-    print(f"{'kernel':<{width}}  arch    warps  registers  spilled  shared  occupancy")
+    print(f"{'kernel':<{width}}  arch    warps  registers  spilled  shared  instructions  occupancy")
     failed, table = 0, []
     with ProcessPoolExecutor(min(len(jobs), os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
         results = pool.map(_compile_by_index, *zip(*jobs, strict=True))
@@ -153,6 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
                 wrong = problems(usage, options.shared_limit)
                 failed += bool(wrong)
                 numbers = f"{variant.num_warps:>5}  {usage.registers:>9}  {usage.spilled:>7}  {usage.shared:>6}"
+                numbers += f"  {usage.instructions:>12.1f}"
                 words = "  ".join([numbers, _occupancy_words(variant, architecture, usage)])
                 remark = f"  FAILED: {', '.join(wrong)}" if wrong else ""
                 print(f"{variant.name:<{width}}  sm_{architecture:<4} {words}{remark}", flush=True)

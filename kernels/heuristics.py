@@ -22,9 +22,8 @@ MIN_WARPS, MAX_WARPS = 4, 8
 UNROLL, HEAVY_UNROLL = 2, 1
 # With fewer programs a multiprocessor than this, rows are split.
 PROGRAMS_PER_PROCESSOR = 4
-# A part of a row is at least this many tiles: below that, merging costs what splitting saves.
-TILES_PER_SPLIT = 4
-MAX_SPLITS = 64
+# A row has at most so many parts, each of one tile or more: they are merged in one block of that width.
+MAX_SPLITS = 128
 # Tiles of a row that one program of the backward pass goes over, so that it loads the row's numbers once for them.
 BACKWARD_TILES = 8
 # Stated, because Triton's default for fused multiply-adds is not the same in every version.
@@ -75,8 +74,8 @@ def row_launch(
 
     >>> row_launch(8192, 32064, 2, 132)
     RowLaunch(columns=2048, vector=8, interleaved=False, unroll=2, num_warps=8, splits=1)
-    >>> row_launch(1, 128256, 2, 132).splits
-    8
+    >>> [row_launch(rows, 128256, 2, 132).splits for rows in (1, 4, 16, 64, 512)]
+    [64, 64, 32, 8, 2]
     >>> row_launch(1, 100, 4, 132, heavy=True, aligned=False)
     RowLaunch(columns=512, vector=4, interleaved=True, unroll=1, num_warps=4, splits=1)
     """
@@ -85,7 +84,6 @@ def row_launch(
     columns = min(widest, max(narrowest, triton.next_power_of_2(vocab_size)))
     tiles = -(-vocab_size // columns)
     wanted = -(-PROGRAMS_PER_PROCESSOR * num_processors // max(1, num_rows))
-    most = min(wanted, tiles // TILES_PER_SPLIT, MAX_SPLITS)
-    # A power of two, rounded down: the parts are merged in one block of that width.
-    splits = 1 << (most.bit_length() - 1) if most > 1 else 1
+    # A power of two, down to what is wanted; of more parts than tiles the last would be empty.
+    splits = min(1 << (max(1, wanted).bit_length() - 1), triton.next_power_of_2(tiles), MAX_SPLITS)
     return RowLaunch(columns, vector, not aligned, HEAVY_UNROLL if heavy else UNROLL, columns // vector // 32, splits)

@@ -28,7 +28,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def exponential(x):
-    """exp(x) for x <= 0 by one multiplication and MUFU.EX2, the result flushed to 0 below 2^-126.
+    """exp(x) by one multiplication and MUFU.EX2, the result flushed to 0 below 2^-126.
 
     tl.exp keeps such results, at the price of a comparison and two multiplications more for each.
     """
@@ -88,12 +88,11 @@ def final_logits(x, columns, inside, transform):
 
 @triton.jit
 def final_target_logit(logits, target, vocab_size, transform):
-    """The target's logit as the softmax sees it; NaN for a target outside the vocabulary, which reads nothing."""
+    """The target's logit as the softmax sees it, and its slope; NaN for a target outside the vocabulary, unread."""
     in_vocabulary = (target >= 0) & (target < vocab_size)
     x = tl.load(logits + target, mask=in_vocabulary, other=float("nan")).to(tl.float32)
     # Inside whatever the target is: NaN has to stay NaN.
-    x, _slope = final_logits(x, tl.minimum(tl.maximum(target, 0), vocab_size - 1), True, transform)
-    return x
+    return final_logits(x, tl.minimum(tl.maximum(target, 0), vocab_size - 1), True, transform)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import triton
 
 _LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:(@!?\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);")
 _MEMORY = ("LD", "ST", "ATOM", "RED")
-_WIDTHS = {"U8", "S8", "U16", "S16", "64", "128", "256"}
+_BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
 
 
 class Instruction(NamedTuple):
@@ -37,7 +37,7 @@ class Instruction(NamedTuple):
             return self.opcode
         if not name.startswith(_MEMORY):
             return name
-        return ".".join([name, *(word for word in modifiers if word == "E" or word in _WIDTHS)])
+        return ".".join([name, *(word for word in modifiers if word == "E" or word in _BYTES)])
 
 
 def cuobjdump(cubin: bytes, option: str = "-sass") -> str:
@@ -74,6 +74,16 @@ def longest_loop(code: list[Instruction]) -> list[Instruction]:
             inner.append((first, last))
     first, last = max(inner, key=lambda loop: loop[1] - loop[0])
     return [instruction for instruction in code if first <= instruction.address <= last]
+
+
+def loaded_bytes(code: list[Instruction]) -> int:
+    """Bytes that a thread loads from global memory in one run through `code`.
+
+    >>> loaded_bytes([Instruction(0, "", "LDG.E.128", ""), Instruction(16, "", "LDG.E", "")])
+    20
+    """
+    loads = [instruction.kind.split(".") for instruction in code if instruction.kind.startswith("LDG")]
+    return sum(_BYTES.get(kind[-1], 4) for kind in loads)
 
 
 def report(code: list[Instruction]) -> str:

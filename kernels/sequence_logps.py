@@ -133,7 +133,7 @@ def sequence_logps_kernel(
         if target != IGNORE_INDEX:
             if SPLITS > 1:
                 row_state = merge(load_states(parts + place * SPLITS * STATE_SIZE, SPLITS), statistics is not None)
-            target_logit = final_target_logit(logits, target, vocab_size, transform)
+            target_logit, _slope = final_target_logit(logits, target, vocab_size, transform)
             row_max = row_state[0]
             log_sum = log_of_sum(row_state[1], target, vocab_size)
             logp = target_logit - row_max - log_sum

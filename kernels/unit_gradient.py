@@ -59,7 +59,7 @@ def unit_gradient_kernel(
     target_logit = 0.0
     if targets is not None:
         target = tl.load(targets + row)
-        target_logit = final_target_logit(source, target, vocab_size, transform)
+        target_logit, _slope = final_target_logit(source, target, vocab_size, transform)
     row_state = read_columns(
         source,
         0,
@@ -81,13 +81,18 @@ def unit_gradient_kernel(
         if scale is not None:
             grad = tl.load(scale + row)
         tl.debug_barrier()
+        # 16-bit results of columns a .. b - 1 land on the float32 logits a / 2 .. b / 2 - 1, which all threads
+        # must have read. So far all have read `read` columns: a barrier a doubling, not one a tile. float32 results
+        # land on logits that their own thread has just read.
+        read = 0
         for start in tl.range(0, vocab_size, COLUMNS, loop_unroll_factor=UNROLL):
             columns = start + tile_columns(COLUMNS, VECTOR, INTERLEAVED)
             inside = columns < vocab_size
             x = tl.load(source + columns, mask=inside, other=float("-inf"))
-            # 16-bit results land on bytes that hold float32 logits of this block or of one already read: every thread
-            # must have its logits before any thread writes.
-            tl.debug_barrier()
+            if gradient.dtype.element_ty.primitive_bitwidth < 32:  # noqa: SIM102
+                if start + COLUMNS > 2 * read:
+                    tl.debug_barrier()
+                    read = start + COLUMNS
             x, slope = final_logits(x, columns, inside, transform)
             p = exponential(x - row_max - log_sum)
             value = tl.where(columns == target.to(tl.int32), 1.0 - p, -p) * grad * slope

@@ -18,8 +18,8 @@ from torch import Tensor
 from bpo_fast.ops.checks import IGNORE_INDEX, check_target_range
 from bpo_fast.ops.head_products import add_head_gradient_, fill_logits_, times_head
 from bpo_fast.ops.precision import precise
-from bpo_fast.ops.rows import accumulation_dtype, runs_in_triton
-from bpo_fast.ops.unit_gradient import Head, logps_, unit_gradient_
+from bpo_fast.ops.rows import accumulation_dtype, num_processors, runs_in_triton
+from bpo_fast.ops.unit_gradient import Head, logps_, unit_gradient, unit_gradient_
 
 # Float32 logits of a chunk of tokens: on the CPU this many bytes, on a GPU this share of its memory, but at least as
 # many bytes as below. 1/128 is 384 MiB of a 48 GB card, 640 MiB of an 80 GB one.
@@ -29,6 +29,8 @@ GPU_SCRATCH_SHARE = 128
 # A chunk is whole tiles of the matrix product, and enough of them that the product does not wait for the head's bytes.
 TILE_ROWS = 128
 LEAST_ROWS = 256
+# Columns of a tile of the second product, unit gradients [n, V] times the head [V, H]: cuBLAS's for large products.
+TILE_COLUMNS = 256
 
 
 class Tokens(NamedTuple):
@@ -91,11 +93,35 @@ def _whole_tiles(rows):
     return -(-rows // TILE_ROWS) * TILE_ROWS
 
 
-def token_chunks(num_tokens, most):
-    """Slices of tokens, as few as `most` rows allow and about equally long, in whole tiles where `most` is."""
+def waves(num_rows, width, num_processors):
+    """How often all multiprocessors take a tile each until [num_rows, width] is done.
+
+    >>> [waves(rows, 4096, 132) for rows in (128, 1024, 1152, 1280)]
+    [1, 1, 2, 2]
+    """
+    return -(-(-(-num_rows // TILE_ROWS) * -(-width // TILE_COLUMNS)) // num_processors)
+
+
+def token_chunks(num_tokens, most, width=0, num_processors=0):
+    """Slices of tokens, at most `most` each, in whole tiles where `most` is.
+
+    On a GPU of `num_processors` of such a length that the second product, `width` wide, takes the fewest waves in all;
+    then, and elsewhere, as few as `most` allows and about equally long.
+
+    >>> [chunk.stop - chunk.start for chunk in token_chunks(4000, 1280, 4096, 132)]
+    [1024, 1024, 1024, 928]
+    """
     count = -(-num_tokens // most)
     tile = min(TILE_ROWS, most)
     step = min(most, -(-num_tokens // max(1, count * tile)) * tile)
+    if num_processors and count > 1:
+
+        def cost(rows):
+            whole, rest = divmod(num_tokens, rows)
+            return whole * waves(rows, width, num_processors) + waves(rest, width, num_processors)
+
+        # Of equal cost the longest, but no longer than evenly long chunks are.
+        step = min([step, *range(most - most % tile, tile, -tile)], key=cost)
     return [slice(start, min(start + step, num_tokens)) for start in range(0, num_tokens, step or 1)]
 
 
@@ -111,7 +137,7 @@ def _logits_of_chunks(tokens, head):
     """(slice of tokens, their logits) of each chunk; the next chunk's logits take the same memory."""
     dtype = accumulation_dtype(tokens.hidden.dtype)
     most = chunk_rows(len(head.weight), dtype, tokens.hidden.device)
-    chunks = token_chunks(len(tokens.hidden), most)
+    chunks = token_chunks(len(tokens.hidden), most, tokens.hidden.shape[1], num_processors(tokens.hidden))
     buffer = tokens.hidden.new_empty(chunks[0].stop if chunks else 0, len(head.weight), dtype=dtype)
     for chunk in chunks:
         logits = buffer[: chunk.stop - chunk.start]
@@ -119,6 +145,22 @@ def _logits_of_chunks(tokens, head):
         if tokens.low_rank is not None:
             fill_logits_(logits, tokens.low_rank[chunk], head.low_rank_weight, add=True)
         yield chunk, logits
+
+
+def _unit_rows(logits, targets, head, statistics):
+    """`Swept` of a chunk's logits."""
+    logps, gradient = unit_gradient(logits, targets, head, statistics)
+
+    def times(weight):
+        rows = times_head(gradient.matrix, weight)
+        if gradient.row_scale is not None:
+            rows *= gradient.row_scale[:, None]
+        if gradient.target_scale is not None:
+            # Of a target outside the vocabulary the scale is NaN, whatever row is read.
+            rows.addcmul_(gradient.target_scale[:, None], weight[targets.clamp(0, len(weight) - 1)])
+        return rows
+
+    return Swept(logps, times(head.weight), None if head.low_rank_weight is None else times(head.low_rank_weight))
 
 
 def _sweep(tokens, head, with_rows, statistics=None):
@@ -133,10 +175,10 @@ def _sweep(tokens, head, with_rows, statistics=None):
         if not with_rows:
             logps[chunk] = logps_(logits, targets, head, chunk_statistics)
             continue
-        logps[chunk], gradient = unit_gradient_(logits, targets, head, chunk_statistics)
-        rows[chunk] = times_head(gradient, head.weight)
+        found = _unit_rows(logits, targets, head, chunk_statistics)
+        logps[chunk], rows[chunk] = found.logps, found.rows
         if low_rank_rows is not None:
-            low_rank_rows[chunk] = times_head(gradient, head.low_rank_weight)
+            low_rank_rows[chunk] = found.low_rank_rows
     return Swept(logps, rows, low_rank_rows)
 
 
@@ -158,9 +200,7 @@ def _stacked_sweep(tokens, ref_hidden, head, with_rows, statistics):
         fill_logits_(policy, low_rank, head.low_rank_weight, add=True)
     if not with_rows:
         return Swept(logps_(policy, targets, head, statistics), None, None), ref_logps
-    logps, gradient = unit_gradient_(policy, targets, head, statistics)
-    low_rank_rows = None if low_rank is None else times_head(gradient, head.low_rank_weight)
-    return Swept(logps, times_head(gradient, head.weight), low_rank_rows), ref_logps
+    return _unit_rows(policy, targets, head, statistics), ref_logps
 
 
 @torch.library.custom_op("bpo_fast::linear_token_logps", mutates_args=())

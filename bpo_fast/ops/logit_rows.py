@@ -3,7 +3,7 @@
 import torch
 
 from bpo_fast.ops.checks import IGNORE_INDEX
-from bpo_fast.ops.rows import accumulation_dtype, block_rows, final_logits_, log_probs_
+from bpo_fast.ops.rows import BLOCK_BYTES, accumulation_dtype, block_rows, final_logits_, log_probs_
 
 
 def _row_blocks(targets, vocab_size):
@@ -67,22 +67,19 @@ def backward_rows(grad, logits, targets, row_numbers, softcap, temperature, grad
 
 
 def few_rows(logits, targets):
-    """`token_logps` of rows whose targets are all in the vocabulary, without a gradient; None of others.
+    """`token_logps` of few rows [n, V] whose targets [n] are all in the vocabulary, on the CPU; None of anything else.
 
     The bits are those of `log_probs_`, which this is as PyTorch's own function: for the few rows of a token being
-    scored, what stands around the arithmetic would cost as much.
+    scored, every step around the arithmetic counts.
     """
-    vocab_size = logits.shape[-1]
-    if targets.numel() > block_rows(vocab_size):
+    if not (logits.is_cpu and targets.is_cpu and logits.is_floating_point() and targets.dtype == torch.int64):
         return None
-    rows, ids = (logits, targets) if targets.ndim == 1 else (logits.reshape(-1, vocab_size), targets.reshape(-1))
-    # Not one op on four numbers, each of which takes as long as this does.
-    for target in ids.tolist():
-        if not 0 <= target < vocab_size:
+    shape = logits.shape
+    if len(shape) != 2 or targets.shape != shape[:1] or not 0 < 4 * logits.numel() <= BLOCK_BYTES:
+        return None
+    for target in targets.tolist():
+        if not 0 <= target < shape[1]:
             return None
-    if rows.dtype != accumulation_dtype(rows.dtype):
-        rows = rows.float()
-    if ids.dtype != torch.int64:
-        ids = ids.long()
-    logps = torch.nn.functional.cross_entropy(rows, ids, reduction="none").neg_()
-    return logps if targets.ndim == 1 else logps.view(targets.shape)
+    if logits.element_size() < 4:
+        logits = logits.float()
+    return torch.nn.functional.cross_entropy(logits, targets, reduction="none").neg_()

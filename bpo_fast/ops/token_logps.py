@@ -312,17 +312,17 @@ def token_logps(
         >>> token_logps(torch.tensor([[0.0, 0.0], [1.0, 2.0]]), torch.tensor([0, -100]))
         tensor([-0.6931,  0.0000])
     """
+    if logit_softcap is None and temperature == 1.0 and not with_statistics:  # noqa: SIM102
+        if runs_directly(logits, targets) and not (records_gradient(logits) or runs_in_triton(logits)):
+            logps = few_rows(logits, targets)
+            if logps is not None:
+                return logps
     check_tensor("logits", logits, ("...", "V"))
     check_indices("targets", targets, logits.shape[:-1])
     check_same("targets", targets, "logits", logits)
     check_transform(logit_softcap, temperature)
     if not logits.shape[-1]:
         raise ValueError(f"logits: found {describe(logits)}, expected [..., V] with V of at least 1.")
-    if logit_softcap is None and temperature == 1.0 and not with_statistics:  # noqa: SIM102
-        if runs_directly(logits, targets) and not (records_gradient(logits) or runs_in_triton(logits)):
-            logps = few_rows(logits, targets)
-            if logps is not None:
-                return logps
     rows = logits.reshape(1, -1, logits.shape[-1]) if logits.ndim != 3 else logits
     found = sequence_logps(
         rows,

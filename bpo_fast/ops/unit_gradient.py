@@ -1,7 +1,7 @@
 """A chunk of logits turned, in its own memory, into log-probs and unit gradients; by device. What a head is.
 
-`kernels/unit_gradient.py` does it on a GPU; the steps here are the same in PyTorch. Both functions use up the logits,
-and give the same bits of a log-prob.
+`kernels/unit_gradient.py` does it on a GPU, `kernels/unit_exponentials.py` for bfloat16 heads; the steps here are the
+same in PyTorch. All functions use up the logits, and give the same bits of a log-prob.
 """
 
 from typing import NamedTuple
@@ -10,6 +10,17 @@ import torch
 from torch import Tensor
 
 from bpo_fast.ops.rows import block_rows, exponentiate, final_logits_, runs_in_triton
+
+
+class Gradient(NamedTuple):
+    """(onehot - p) * slope [n, V] as a matrix or, if there are scales, as row_scale * matrix + target_scale * onehot.
+
+    Then the matrix is bfloat16 and 0 at the targets, and the scales [n] are float32.
+    """
+
+    matrix: Tensor
+    row_scale: Tensor | None = None
+    target_scale: Tensor | None = None
 
 
 class Head(NamedTuple):
@@ -40,12 +51,35 @@ def logps_(logits: Tensor, targets: Tensor | None, head: Head, statistics: Tenso
     return logps
 
 
+def unit_gradient(
+    logits: Tensor, targets: Tensor | None, head: Head, statistics: Tensor | None = None
+) -> tuple[Tensor, Gradient]:
+    """`logps_`, and their gradient by the logits as the faster kernel leaves it.
+
+    Of a bfloat16 head on CUDA that is one pass over the logits into memory of its own, elsewhere `unit_gradient_`.
+    """
+    if not runs_in_triton(logits) or head.weight.dtype != torch.bfloat16:
+        logps, matrix = unit_gradient_(logits, targets, head, statistics)
+        return logps, Gradient(matrix)
+    from bpo_fast.kernels.unit_exponentials import launch_unit_exponentials
+
+    num_rows, vocab_size = logits.shape
+    # Rows of whole 16 bytes, which the product that follows reads best.
+    matrix = logits.new_empty(num_rows, -(-vocab_size // 8) * 8, dtype=torch.bfloat16)[:, :vocab_size]
+    logps, row_scale, target_scale = logits.new_empty(3, num_rows)
+    target_scale = None if targets is None else target_scale
+    outputs = (logps, row_scale, target_scale, statistics)
+    with torch.cuda.device_of(logits):
+        launch_unit_exponentials(logits, matrix, targets, head.bias, *outputs, head.softcap, head.temperature)
+    return logps, Gradient(matrix, row_scale, target_scale)
+
+
 def unit_gradient_(
     logits: Tensor, targets: Tensor | None, head: Head, statistics: Tensor | None = None, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """`logps_`, and their gradient by the logits: scale [n] * (onehot - p) * slope of the final logits, [n, V].
 
-    On CUDA the gradient is in the dtype of the head, on the CPU in that of the logits.
+    In the memory of the logits: on CUDA in the dtype of the head, on the CPU in that of the logits.
     """
     logps = logits.new_empty(len(logits))
     if runs_in_triton(logits):

@@ -11,13 +11,16 @@ from bpo_fast.kernels.occupancy import occupancy
 def test_the_table_and_its_exit_code(capsys):
     assert aot.main(["--arch", "86", "--match", "sequence_logps[bfloat16,sums]"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["kernel", "arch", "warps", "registers", "spilled", "shared", "occupancy"]
-    name, arch, warps, registers, spilled, shared, share = lines[1].split()[:7]
+    columns = ["kernel", "arch", "warps", "registers", "spilled", "shared", "instructions", "occupancy"]
+    assert lines[0].split() == columns
+    name, arch, warps, registers, spilled, shared, instructions, share = lines[1].split()[:8]
     assert (name, arch, spilled) == ("sequence_logps[bfloat16,sums]", "sm_86", "0")
     found = occupancy(86, int(registers), int(shared), int(warps))
     assert share == f"{100 * int(warps) * found.blocks // 48}%"
     assert 0 < int(registers) <= 255
     assert 0 < int(shared) <= aot.SHARED_LIMIT
+    # An exponential, a maximum, two additions and a multiplication are the least of a logit.
+    assert 5 < float(instructions) < 40
     assert "aligned" in lines[2]
     assert lines[-1] == "2 compiled, 0 failed"
 
@@ -29,9 +32,9 @@ def test_too_much_shared_memory_fails(capsys):
 
 
 def test_a_spill_is_a_problem():
-    assert aot.problems(aot.Usage(registers=40, spilled=8, shared=0)) == ["spills 8 bytes"]
-    assert aot.problems(aot.Usage(registers=40, spilled=0, shared=aot.SHARED_LIMIT)) == []
-    assert len(aot.problems(aot.Usage(registers=40, spilled=8, shared=aot.SHARED_LIMIT + 1))) == 2
+    assert aot.problems(aot.Usage(registers=40, spilled=8, shared=0, instructions=9.0)) == ["spills 8 bytes"]
+    assert aot.problems(aot.Usage(registers=40, spilled=0, shared=aot.SHARED_LIMIT, instructions=9.0)) == []
+    assert len(aot.problems(aot.Usage(registers=40, spilled=8, shared=aot.SHARED_LIMIT + 1, instructions=9.0))) == 2
 
 
 def test_unknown_kernel_is_named(capsys):
@@ -43,7 +46,7 @@ def test_unknown_kernel_is_named(capsys):
 def small_table(monkeypatch):
     """One kernel for two architectures stands for the table, so that a test compiles none."""
     (variant,) = (v for v in aot.variants() if v.name == "sequence_logps[bfloat16]")
-    usages = {80: aot.Usage(32, 0, 0), 86: aot.Usage(41, 0, 32)}
+    usages = {80: aot.Usage(32, 0, 0, 8.0), 86: aot.Usage(41, 0, 32, 8.52)}
     monkeypatch.setattr(aot, "ARCHITECTURES", usages)
     return [(replace(variant, options={"num_warps": 8}), usages)]
 
@@ -51,10 +54,10 @@ def small_table(monkeypatch):
 def test_the_kept_table(monkeypatch):
     lines = aot.markdown(small_table(monkeypatch)).splitlines()
     assert lines[-3:] == [
-        "| kernel | warps | sm_80 | sm_86 |",
-        "| --- | ---: | --- | --- |",
+        "| kernel | warps | bytes | sm_80 | sm_86 |",
+        "| --- | ---: | ---: | --- | --- |",
         # 41 registers: 5 blocks of 8 warps of the 48 of sm_86.
-        "| `sequence_logps[bfloat16]` | 8 | 32 · 0 · 100% | 41 · 32 · 83% (registers) |",
+        "| `sequence_logps[bfloat16]` | 8 | 2 | 32 · 0 · 100% · 8.0 | 41 · 32 · 83% (registers) · 8.5 |",
     ]
     assert f"triton {version('triton')}" in lines[2]
 

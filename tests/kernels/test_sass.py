@@ -33,6 +33,10 @@ def test_the_longest_loop_holds_no_other():
     assert sass.longest_loop(sass.instructions(LISTING)[:3]) == []
 
 
+def test_loaded_bytes_of_the_longest_loop():
+    assert sass.loaded_bytes(sass.longest_loop(sass.instructions(LISTING))) == 16
+
+
 def test_the_report_counts_by_kind():
     lines = sass.report(sass.instructions(LISTING)).splitlines()
     assert lines[3] == "> 0030  @!P1 LDG.E.128.CONSTANT     R4, [R2.64]"

@@ -14,6 +14,7 @@ import bpo_fast.kernels
 from bpo_fast.kernels.heuristics import RowLaunch, row_launch
 from bpo_fast.kernels.sequence_logps import launch_sequence_logps
 from bpo_fast.kernels.sequence_logps_backward import launch_sequence_logps_backward
+from bpo_fast.kernels.unit_exponentials import launch_unit_exponentials
 from bpo_fast.kernels.unit_gradient import launch_unit_gradient
 from bpo_fast.kernels.variants import recorded, variants
 
@@ -25,6 +26,18 @@ def test_every_kernel_has_a_variant():
     kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert len(kernels) > 3
     assert {variant.kernel.__name__ for variant in variants()} == kernels
+
+
+def test_bytes_a_logit():
+    """What the table says of a launch, by hand: the one-pass transform moves 6 bytes where two passes move 10."""
+    found = {variant.name: variant.bytes_a_logit for variant in variants()}
+    assert found["unit_exponentials[bfloat16] aligned"] == 4 + 2
+    assert found["unit_gradient[bfloat16] aligned"] == found["unit_gradient[float16] aligned"] == 4 + 4 + 2
+    assert found["unit_gradient[float32] aligned"] == 4 + 4 + 4
+    assert found["unit_gradient[float32,log-probs only] aligned"] == 4
+    assert found["sequence_logps[bfloat16,sums] aligned"] == 2
+    assert found["sequence_logps_backward[bfloat16,sums] aligned"] == 2 + 2
+    assert found["sigmoid_preference[reference]"] == 0
 
 
 def test_names_are_unlike():
@@ -47,7 +60,7 @@ def test_the_source_is_what_a_launch_compiles(variant):
 
 
 def launched(launch):
-    """What the three kernels over rows get of `launch`, on logits of a shape that the rule splits."""
+    """What the kernels over rows get of `launch`, on logits of a shape that the rule splits."""
     with torch.device("meta"):
         logits, floats = torch.empty(1, 2, 128256), torch.empty(4, 1, 2)
         targets = torch.empty(1, 2, dtype=torch.int64)
@@ -56,10 +69,12 @@ def launched(launch):
     outputs |= {"token_logps": floats[:1], "row_numbers": floats[:2], "num_processors": 132}
     grads = {"grad_token_logps": floats[0], "grad_sums": None}
     tensors = (logits[0], logits[0], targets[0], None, None, floats[0, 0], None, None, 1.0)
+    halves = (logits[0], logits[0].bfloat16(), targets[0], None, *floats[:3, 0], None, None, 1.0)
     return (
         recorded("", launch_sequence_logps, logits, None, targets, **outputs, **options),
         recorded("", launch_sequence_logps_backward, logits, targets, floats, logits, **grads, **options),
         recorded("", launch_unit_gradient, *tensors, launch=launch),
+        recorded("", launch_unit_exponentials, *halves, launch=launch),
     )
 
 

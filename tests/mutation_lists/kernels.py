@@ -46,6 +46,20 @@ MUTATIONS = [
         "tests/ops/test_vocab_parallel.py::test_two_shards_are_the_whole_head",
     ),
     Mutation(
+        "exponentials that overflow where a row rises above its first tile",
+        "kernels/unit_exponentials.py",
+        'if (row_max > base + LARGEST_RISE) | (first_max == float("-inf")):',
+        'if first_max == float("-inf"):',
+        f"{INTERPRETED}::test_one_pass_whatever_the_first_tile_holds",
+    ),
+    Mutation(
+        "true-class gradient rounded before the -1 (one pass)",
+        "kernels/unit_exponentials.py",
+        "tl.store(target_scale + row, (1.0 - p) * target_slope)",
+        "tl.store(target_scale + row, (1.0 - p.to(tl.bfloat16).to(tl.float32)) * target_slope)",
+        f"{INTERPRETED}::test_one_pass_whatever_the_first_tile_holds",
+    ),
+    Mutation(
         "row offsets of 32 bits",
         "kernels/sequence_logps.py",
         "    row = tl.program_id(0).to(tl.int64)\n    plane",
@@ -69,8 +83,8 @@ MUTATIONS = [
     Mutation(
         "a result that changes with the chunk (mean over each)",
         "bpo_fast/ops/head_sweep.py",
-        "rows[chunk] = times_head(gradient, head.weight)",
-        "rows[chunk] = times_head(gradient, head.weight) / len(gradient)",
+        "logps[chunk], rows[chunk] = found.logps, found.rows",
+        "logps[chunk], rows[chunk] = found.logps, found.rows / len(found.rows)",
         "tests/ops/test_linear_token_logps.py::test_the_chunk_changes_nothing_beyond_rounding",
     ),
     Mutation(

@@ -47,14 +47,21 @@ def spy(monkeypatch, current, launcher, launched, stop=True):
     monkeypatch.setattr(module, launch)
 
 
-@pytest.mark.parametrize("needs_grad", [False, True])
-def test_the_head(monkeypatch, current, needs_grad):
+@pytest.mark.parametrize(
+    ("dtype", "needs_grad", "launcher"),
+    [
+        (torch.float32, False, "unit_gradient"),
+        (torch.float32, True, "unit_gradient"),
+        (torch.bfloat16, True, "unit_exponentials"),
+    ],
+)
+def test_the_head(monkeypatch, current, dtype, needs_grad, launcher):
     launched = []
-    spy(monkeypatch, current, "unit_gradient", launched)
-    hidden = torch.randn(3, 8, requires_grad=needs_grad)
+    spy(monkeypatch, current, launcher, launched)
+    hidden = torch.randn(3, 8, dtype=dtype, requires_grad=needs_grad)
     with pytest.raises(Launched):
-        linear_token_logps(hidden, torch.randn(5, 8), torch.tensor([0, 4, 2]))
-    assert launched == [("unit_gradient", True)]
+        linear_token_logps(hidden, torch.randn(5, 8).to(dtype), torch.tensor([0, 4, 2]))
+    assert launched == [(launcher, True)]
 
 
 def test_logits_forward_and_backward(monkeypatch, current):

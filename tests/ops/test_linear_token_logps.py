@@ -138,6 +138,33 @@ def test_the_rule_of_chunks(num_tokens, vocab_size):
     assert sum(sizes[-1:]) <= (sizes or [0])[0]
 
 
+# Multiprocessors of an A40, A100, H100 and a consumer card.
+@pytest.mark.parametrize("processors", [84, 108, 132, 46])
+@pytest.mark.parametrize(("num_tokens", "most", "width"), [(8192, 1280, 4096), (4001, 768, 5120), (700, 2944, 4096)])
+def test_chunks_fit_the_waves_of_a_gpu(num_tokens, most, width, processors):
+    def total_waves(sizes):
+        # A tile is 128 x 256: counted one by one.
+        return sum(-(-(-(-size // 128) * -(-width // 256)) // processors) for size in sizes)
+
+    def sizes(chunks):
+        return [chunk.stop - chunk.start for chunk in chunks]
+
+    even = head_sweep.token_chunks(num_tokens, most)
+    chunks = head_sweep.token_chunks(num_tokens, most, width, processors)
+    assert [t for chunk in chunks for t in range(chunk.start, chunk.stop)] == list(range(num_tokens))
+    assert all(size <= most and size % 128 == 0 for size in sizes(chunks)[:-1])
+    assert total_waves(sizes(chunks)) <= total_waves(sizes(even))
+    for step in range(128, most + 1, 128):
+        other = [min(step, num_tokens - start) for start in range(0, num_tokens, step)]
+        assert total_waves(sizes(chunks)) < total_waves(other) or len(chunks) <= len(other) or len(even) == len(chunks)
+
+
+def test_chunks_of_an_h100_are_whole_waves():
+    # 1,024 rows of 4,096 are 128 tiles for 132 multiprocessors; 1,280 would be 160, a second wave for 28 of them.
+    found = head_sweep.token_chunks(8192, 1280, 4096, 132)
+    assert [chunk.stop - chunk.start for chunk in found] == [1024] * 8
+
+
 def test_statistics(problem, chunk_rows):
     hidden, weight, bias, targets = problem
     chunk_rows(2)

@@ -12,14 +12,16 @@ from numerics import (
     eager_linear_token_logps,
     eager_statistics,
     eager_token_logps,
+    final_logits,
     gradients,
 )
 
 from bpo_fast import dpo_loss, linear_token_logps, token_logps
-from bpo_fast.kernels import heuristics
+from bpo_fast.kernels import heuristics, unit_exponentials, unit_gradient
 from bpo_fast.kernels import sequence_logps as kernels
 from bpo_fast.kernels import sigmoid_preference as preference_kernel
 from bpo_fast.kernels.sequence_logps_backward import launch_sequence_logps_backward
+from bpo_fast.kernels.unit_exponentials import launch_unit_exponentials
 from bpo_fast.kernels.unit_gradient import launch_unit_gradient
 from bpo_fast.losses import preference
 from bpo_fast.losses.config import LossConfig
@@ -260,6 +262,83 @@ def test_linear_token_logps(dtype, vocab_size, options, monkeypatch):
     tolerance = 1e-5 if dtype == torch.float32 or options == "plain" else 0.05
     for position in (0, 2, 3):
         torch.testing.assert_close(found[position].double(), expected[position], rtol=tolerance, atol=tolerance)
+
+
+def one_pass(logits, targets, bias=None, softcap=None, temperature=1.0):
+    """logps, statistics, row_scale, target_scale and exponentials of the kernel that reads logits once."""
+    logps, row_scale, target_scale = torch.empty(3, len(logits))
+    exponentials, statistics = torch.empty(logits.shape, dtype=torch.bfloat16), torch.empty(4, len(logits))
+    outputs = (logps, row_scale, target_scale, statistics)
+    launch_unit_exponentials(logits, exponentials, targets, bias, *outputs, softcap, temperature)
+    return logps, statistics, row_scale, target_scale, exponentials
+
+
+@pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
+@pytest.mark.parametrize("transform", [{}, {"softcap": 30.0, "temperature": 0.2}], ids=["plain", "transformed"])
+def test_one_pass_whatever_the_first_tile_holds(vocab_size, transform):
+    generator = torch.Generator().manual_seed(vocab_size)
+    logits = torch.randn(8, vocab_size, generator=generator)
+    first, targets = min(TILE, vocab_size - 1), torch.randint(0, vocab_size, (8,), generator=generator)
+    targets[4:6] = torch.tensor([vocab_size - 1, 0])
+    logits[1, :first] -= 100.0  # exp(100) is no float32
+    logits[2, :first] = float("-inf")
+    logits[3] *= 1e4
+    logits[4, -1], logits[5, 0] = 13.0, 13.0  # 1 - p of 2e-4 and more: in bfloat16 it would be 0
+    logits[6, :first] -= 39.0  # high above the first tile, and still written once
+    logits[7] -= 1e4
+    bias = torch.randn(vocab_size, generator=generator).bfloat16() if transform else None
+    logps, statistics, row_scale, target_scale, exponentials = one_pass(logits, targets, bias, **transform)
+    leaf = logits.double() if bias is None else logits.double() + bias.double()
+    leaf.requires_grad_()
+    cap, temperature = transform.get("softcap"), transform.get("temperature", 1.0)
+    exact = eager_token_logps(leaf, targets, cap, temperature)
+    (expected,) = torch.autograd.grad(exact.sum(), leaf)
+    onehot = torch.nn.functional.one_hot(targets, vocab_size).bool()
+    assert not exponentials[onehot].any()
+    # Each element by itself: rounded once (the interpreter cuts off), or below what float32 tells from 0; the slope of
+    # a cap, 1 - tanh^2, is as good as float32 is at 1.
+    others = row_scale[:, None].double() * exponentials.double()
+    p = torch.softmax(final_logits(leaf.detach(), cap, temperature), -1)
+    allowed = 2**-7 * expected.abs() + (2**-18 * p if cap else 0) + 1e-30
+    assert ((others - expected).abs() <= allowed)[~onehot].all()
+    # Logits of 1e4, or times 5 after a cap, are themselves rounded.
+    slack = (2**-22 * logits.abs().amax(1).clamp(min=1.0).nan_to_num(posinf=1.0) / temperature).clamp(max=1e-2)
+    slack[2] = 1e-6
+    target_error = (target_scale.double() - expected[onehot]).abs()
+    assert (target_error <= 1e-5 * expected[onehot].abs() + slack).all()
+    # The same bits of what is not a gradient as from the kernel that reads twice, and of each row by itself.
+    two_pass, two_pass_statistics = torch.empty(8), torch.empty(4, 8)
+    outputs = (bias, None, two_pass, two_pass_statistics)
+    launch_unit_gradient(logits.clone(), None, targets, *outputs, cap, temperature)
+    assert torch.equal(logps, two_pass)
+    assert torch.equal(statistics, two_pass_statistics)
+    for row in range(8):
+        here = slice(row, row + 1)
+        alone = one_pass(logits[here], targets[here], bias, **transform)
+        beside = (logps[here], statistics[:, here], row_scale[here], target_scale[here], exponentials[here])
+        for ours, expected in zip(alone, beside, strict=True):
+            assert torch.equal(ours, expected)
+
+
+def test_one_pass_is_for_bfloat16_and_what_is_scaled_takes_two(monkeypatch):
+    launched = []
+
+    def spy(module, name):
+        launch = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, **k: (launched.append(name), launch(*a, **k))[1])
+
+    spy(unit_exponentials, "launch_unit_exponentials")
+    spy(unit_gradient, "launch_unit_gradient")
+    for dtype in DTYPES:
+        hidden, weight = torch.randn(3, 8).to(dtype).requires_grad_(), torch.randn(50, 8).to(dtype)
+        linear_token_logps(hidden, weight, torch.tensor([0, -100, 49])).sum().backward()
+    assert launched == ["launch_unit_gradient", "launch_unit_exponentials", "launch_unit_gradient"]
+    launched.clear()
+    weight = torch.randn(50, 8).bfloat16().requires_grad_()
+    linear_token_logps(
+        torch.randn(3, 8).bfloat16().requires_grad_(), weight, torch.tensor([0, 7, 49])
+    ).sum().backward()
+    assert launched == ["launch_unit_exponentials", "launch_unit_gradient"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
