@@ -114,7 +114,7 @@ STAGES = {
         "training steps beside TRL's",
         8,
         [["bench/throughput.py", "--as", "a40", "--steps", 3]],
-        [["bench/throughput.py", "--toy", "--rows", "Trainer", "caches", "prefixes", "pairs", "every_2"]],
+        [["bench/throughput.py", "--toy", "--rows", "Trainer", "caches", "prefixes", "pairs", "LoRA", "every_2"]],
         ("trl", "liger_kernel", "bitsandbytes", "flash_attn"),
     ),
     "cards": Stage(

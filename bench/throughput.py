@@ -51,6 +51,7 @@ WITHOUT = {
     "caches": {"precompute_ref_log_probs": False, "cache_image_features": False},
     "shared prefixes": {"share_prefixes": False},
     "packed pairs": {"pack_pairs": False},
+    "fused LoRA": {"fused_lora": False},
 }
 SWITCHES = ("share_prefixes", "pack_pairs")  # no options of BPOConfig: see ideas.py
 MODES = ("none", "every_2", "full", "offload")
