@@ -52,6 +52,7 @@ WITHOUT = {
     "shared prefixes": {"share_prefixes": False},
     "packed pairs": {"pack_pairs": False},
     "fused LoRA": {"fused_lora": False},
+    "Liger's kernels": {"use_liger_kernel": False},
 }
 SWITCHES = ("share_prefixes", "pack_pairs")  # no options of BPOConfig: see ideas.py
 MODES = ("none", "every_2", "full", "offload")

@@ -247,7 +247,7 @@ def test_a_kernel_that_writes_there_unseen_is_seen_to(monkeypatch):
     assert_same(layer_gradients("selective", rotate), expected)
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("page-locked memory")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device and its page-locked memory")
 def test_offloaded_inputs_leave_a_gpu_and_come_back():
     model = decoder(4, "none").cuda()

@@ -150,7 +150,7 @@ def test_no_step_waits_between_logs(tmp_path, options):
     assert waits.found == {"finite.py:_judge": 3 * 2}
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("reports of synchronisations")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device that reports synchronisations")
 @pytest.mark.parametrize("options", [{}, {"checkpointing": "selective"}, {"checkpointing": "offload"}])
 def test_no_step_synchronises_a_gpu(tmp_path, options):
