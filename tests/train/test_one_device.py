@@ -23,6 +23,7 @@ from bpo_fast.models.lora import restrict_to_decoder
 from bpo_fast.models.packed_forward import enable_packed_forward
 from bpo_fast.models.packing import Group, pack
 from bpo_fast.train.collator import PackedSequence
+from bpo_fast.train.metrics import MetricSums
 
 IMAGE = 4
 PREFIX = [1, IMAGE, IMAGE, IMAGE, IMAGE]
@@ -68,7 +69,7 @@ def step(model, sequence, options=None, deterministic=False):
     trainer.args = SimpleNamespace(deterministic_attention=deterministic, full_determinism=False)
     trainer.accelerator = SimpleNamespace(unwrap_model=lambda model: model)
     trainer._guard = SimpleNamespace(add_loss=lambda *_: None)
-    trainer._metrics, trainer._num_train_tokens = {"train": []}, 0
+    trainer._metrics, trainer._num_train_tokens = {"train": MetricSums()}, 0
     with OneDevice():
         loss = trainer.compute_loss(model, {"sequence": sequence})
         loss.backward()
