@@ -8,6 +8,8 @@ from matplotlib import pyplot
 
 # By the beginning of a candidate's name.
 COLOURS = {OURS: "#1b6ca8", "eager": "#8a8a8a", "TRL": "#c77d1e", "Liger": "#3b8f5a", "cut-": "#8e6bb0", "": "#c9c9c9"}
+# Results without times.
+UNDRAWN = ("tuning", "flops")
 STYLE = {"font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left", "figure.constrained_layout.use": True}
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False}
 
@@ -68,8 +70,8 @@ def lines(groups):
 
 
 def draw(path, result):
-    """The chart of a result; a sweep of launches has none."""
-    if result["bench"] == "tuning":
+    """The chart of a result; a sweep of launches and a count have none."""
+    if result["bench"] in UNDRAWN:
         return
     with pyplot.rc_context(STYLE):
         narrow = result["bench"] == "overview"

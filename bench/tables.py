@@ -39,7 +39,7 @@ def details(devices):
     for device, results in devices.items():
         yield f"## Figures on {'a CPU' if device == 'cpu' else device}"
         for stem, result in results.items():
-            chart = "" if result["bench"] == "tuning" else f"\n\n![{stem}](../bench/results/{stem}.png)"
+            chart = "" if result["bench"] in charts.UNDRAWN else f"\n\n![{stem}](../bench/results/{stem}.png)"
             yield f"### {stem}\n\n{report.caption(result)}{chart}\n\n{report.text(result)}"
 
 

@@ -71,6 +71,8 @@ def train(argv: Sequence[str]) -> None:
         groups=train_groups(LOSS_OPTIONS),
         hidden=REFUSED,
     )
+    from bpo_fast.plan.before import forecast_of
+    from bpo_fast.plan.cards import card_here
     from bpo_fast.train.run import train as train_adapter
 
     trained = train_adapter(
@@ -82,6 +84,7 @@ def train(argv: Sequence[str]) -> None:
         eval_dataset=arguments.eval_dataset,
         eval_fraction=arguments.eval_fraction,
         model_init_kwargs=arguments.load_options(),
+        forecast=lambda lengths: forecast_of(argv, lengths, card_here()),
     )
     if config.process_index == 0:
         where = ("--questions", "QUESTIONS", "--image_folder", "IMAGES", "--output_dir", "SCORES")
@@ -162,19 +165,23 @@ def plan(argv: Sequence[str]) -> None:
         hidden=REFUSED,
     )
     from bpo_fast.plan.cards import card_here, find_card
-    from bpo_fast.plan.lengths import PAPER_MIX
+    from bpo_fast.plan.fit import fit
+    from bpo_fast.plan.lengths import PAPER_MIX, read_lengths
     from bpo_fast.plan.report import as_json, as_text
     from bpo_fast.plan.run import Planned
     from bpo_fast.plan.run import plan as make_plan
-    from bpo_fast.plan.shapes import find_config
+    from bpo_fast.plan.shapes import find_config, image_tokens
 
-    config.per_device_train_batch_size = arguments.pairs or config.per_device_train_batch_size
     name = arguments.model or arguments.model_name_or_path
+    model, lengths = find_config(name), PAPER_MIX
+    if arguments.batch_lengths:
+        lengths = read_lengths(arguments.batch_lengths, image_tokens(model))
+        config.per_device_train_batch_size = len(arguments.batch_lengths)
+    config.per_device_train_batch_size = arguments.pairs or config.per_device_train_batch_size
     card = find_card(arguments.gpu) if arguments.gpu else card_here()
     load = arguments.load_options()
-    weights = (load["dtype"], load["quantization"])
-    planned = Planned(name, find_config(name), config, _lora(arguments), *weights, PAPER_MIX)
-    found = make_plan(planned, card)
+    planned = Planned(name, model, config, _lora(arguments), load["dtype"], load["quantization"], lengths)
+    planned, found = fit(planned, card) if arguments.fit else (planned, make_plan(planned, card))
     print(json.dumps(as_json(planned, found), indent=2) if arguments.json else as_text(planned, found))
 
 

@@ -192,6 +192,12 @@ class PlanArguments(TrainArguments):
     )
     gpu: str | None = _option(f"Card: {', '.join(CARDS)}. By default the one that is here.", default=None)
     pairs: int | None = _option("Pairs in a batch; by default the recipe's per_device_train_batch_size.", default=None)
+    batch_lengths: list[str] | None = _option(  # noqa: RUF009 - a field, no shared list
+        "Tokens of a batch's pairs in place of the paper's mix, each as prefix,chosen,rejected; a prefix holds its "
+        "image.",
+        default=None,
+    )
+    fit: bool = _option("Choose checkpointing, token budget, optimizer and caches for the card.", default=False)
     json: bool = _option("Print JSON.", default=False)
 
     def __post_init__(self):

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -56,15 +56,25 @@ CARDS = {
 
 
 def find_card(name: str) -> Card:
-    """The card of a name such as "a40", "A100-80" or "rtx 4090".
+    """The card of a name such as "a40", "A100-80" or "rtx 4090"; "a40:16" is one with 16 GiB, "mine:16" any such.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is none of that name, or its memory is no number.
 
     Example:
-        >>> find_card("RTX 4090").memory_gib
-        23.5
+        >>> find_card("RTX 4090").memory_gib, find_card("a40:16").memory_gib
+        (23.5, 16.0)
     """
+    device, colon, memory = name.rpartition(":")
+    if colon:
+        try:
+            size = float(memory)
+        except ValueError:
+            size = 0.0
+        if not 0 < size < 1e6:
+            raise ValueError(f"gpu: found '{name}', expected GiB behind the colon, as in a40:16.")
+        known = CARDS.get(device) or as_card(device, int(size * GIB), 0)
+        return replace(known, name=device, memory_gib=size)
     key = name.lower().removeprefix("nvidia ").replace(" ", "").replace("_", "-")
     if key not in CARDS:
         near = difflib.get_close_matches(key, CARDS, n=1)

@@ -44,6 +44,15 @@ class Forecast:
         return sum(self.terms.values())
 
     @property
+    def tensor_bytes(self) -> int:
+        """Without what is assumed."""
+        return sum(size for name, size in self.terms.items() if name not in (CONTEXT, FRAGMENTED))
+
+    @property
+    def without_optimizer(self) -> int:
+        return self.peak_bytes - self.terms[OPTIMIZER]
+
+    @property
     def seconds_per_pair(self) -> float | None:
         return None if self.product_seconds is None else self.product_seconds + self.other_seconds
 

@@ -69,6 +69,50 @@ PAPER_MIX = LengthMix(
 )
 
 
+@dataclass(frozen=True)
+class GivenLengths:
+    """The lengths of one batch, in place of a mix.
+
+    Attributes:
+        source: where they come from.
+        given: tokens of prompt, chosen and rejected of each pair.
+    """
+
+    source: str
+    given: tuple[tuple[int, int, int], ...]
+
+    def pairs(self, count: int) -> list[tuple[int, int, int]]:
+        """The first `count` pairs, over again where there are fewer."""
+        return [self.given[number % len(self.given)] for number in range(count)]
+
+
+def read_lengths(texts: list[str], image_tokens: int) -> GivenLengths:
+    """Lengths of a batch from "prefix,chosen,rejected" texts, whose prefix holds the image.
+
+    Raises:
+        ValueError: a text is no three numbers, or a prefix is no longer than its image.
+
+    Example:
+        >>> read_lengths(["631,100,120"], 576).given
+        ((55, 100, 120),)
+    """
+    given = []
+    for text in texts:
+        try:
+            prefix, chosen, rejected = map(int, text.split(","))
+        except ValueError:
+            raise ValueError(
+                f"batch_lengths: found '{text}', expected prefix,chosen,rejected as in 631,100,120."
+            ) from None
+        if prefix <= image_tokens or chosen < 1 or rejected < 1:
+            raise ValueError(
+                f"batch_lengths: found '{text}', expected a prefix longer than its image's {image_tokens} tokens and "
+                "answers of at least one."
+            )
+        given.append((prefix - image_tokens, chosen, rejected))
+    return GivenLengths("those of the batch that was given", tuple(given))
+
+
 def groups_of(pairs: list[tuple[int, int, int]], image_tokens: int) -> list[Group]:
     """Groups of token ids for pairs of these lengths, with an image each."""
     return [Group([1] * (prompt + image_tokens), [[2] * chosen, [3] * rejected]) for prompt, chosen, rejected in pairs]

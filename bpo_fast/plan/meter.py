@@ -84,6 +84,14 @@ class Meter(TorchDispatchMode):
             self._total += size
         self._bytes[kind] += size
 
+    def keep(self) -> None:
+        """Say at the end of a forward pass that what it leaves is kept for the backward pass."""
+        for key, (size, kind, storage) in self._live.items():
+            if kind == TRANSIENT:
+                self._live[key] = (size, KEPT, storage)
+                self._bytes[TRANSIENT] -= size
+                self._bytes[KEPT] += size
+
     def held(self) -> dict[str, int]:
         """Bytes that are held now, by kind."""
         return {kind: size for kind, size in self._bytes.items() if size}

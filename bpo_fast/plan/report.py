@@ -51,6 +51,7 @@ def as_json(planned: Planned, plan: Plan) -> dict[str, Any]:
         "settings": settings(planned),
         "gpu": {"name": found.card.name, "memory_gib": found.card.memory_gib},
         "peak_gib": round(found.peak_bytes / GIB, 3),
+        "tensors_gib": round(found.tensor_bytes / GIB, 3),
         "fits": found.fits,
         "memory_gib": {name: round(size / GIB, 3) for name, size in found.terms.items()},
         "flops_per_pair": found.flops_per_pair,

@@ -8,10 +8,10 @@ from transformers import PreTrainedConfig
 
 from bpo_fast.plan.cards import Card
 from bpo_fast.plan.forecast import Forecast, forecast
-from bpo_fast.plan.lengths import LengthMix, groups_of
+from bpo_fast.plan.lengths import GivenLengths, LengthMix, groups_of
 from bpo_fast.plan.operations import on_card
 from bpo_fast.plan.shapes import image_tokens
-from bpo_fast.plan.step import Run, Step, count_step
+from bpo_fast.plan.step import Run, Step, count_step, packed_sequences
 from bpo_fast.train.config import BPOConfig
 
 
@@ -35,7 +35,7 @@ class Planned:
     lora: LoraConfig
     dtype: str
     quantization: str | None
-    mix: LengthMix
+    mix: LengthMix | GivenLengths
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,12 @@ class Plan:
 
     step: Step
     forecast: Forecast
+
+
+def pair_tokens(planned: Planned) -> list[int]:
+    """Tokens of the pairs of a batch, image, prompt and both answers."""
+    image = image_tokens(planned.model)
+    return [image + sum(pair) for pair in planned.mix.pairs(planned.config.per_device_train_batch_size)]
 
 
 def plan(planned: Planned, card: Card) -> Plan:
@@ -57,5 +63,5 @@ def plan(planned: Planned, card: Card) -> Plan:
     groups = groups_of(planned.mix.pairs(planned.config.per_device_train_batch_size), tokens)
     dtype = torch.bfloat16 if planned.dtype == "auto" else getattr(torch, planned.dtype)
     run = Run(planned.config, planned.lora, dtype, planned.quantization, on_card(card.memory_bytes))
-    step = count_step(planned.model, run, groups, tokens)
+    step = count_step(planned.model, run, packed_sequences(planned.model, run, groups, tokens))
     return Plan(step, forecast(step, card))

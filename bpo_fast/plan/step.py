@@ -7,7 +7,7 @@ import copy
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -83,11 +83,19 @@ class Step:
 class _Planned(BPOTrainer):
     """A trainer of a model that has no weights: it is made on the meta device and never moved."""
 
+    meter: Meter | None = None
+
     def _move_model_to_device(self, model, device):
         pass
 
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        if self.meter is not None:
+            self.meter.keep()
+        return loss
 
-def count_step(model_config: PreTrainedConfig, run: Run, groups: Sequence[Group], image_tokens: int) -> Step:
+
+def count_step(model_config: PreTrainedConfig, run: Run, sequences: Sequence[PackedSequence]) -> Step:
     """Run one step on fake tensors, gradients of an earlier batch in place, and count it.
 
     Where all layers of the decoder are alike, two models of few layers are run, and each figure goes on by as much a
@@ -96,20 +104,34 @@ def count_step(model_config: PreTrainedConfig, run: Run, groups: Sequence[Group]
     Args:
         model_config: of the model.
         run: what decides the step.
-        groups: the pairs of one batch, an image each, whose tokens are the last of the prompt.
-        image_tokens: of one image.
+        sequences: the packed sequences of one batch, with what caches keep where the configuration asks for them.
 
     Raises:
         ValueError: whatever `BPOTrainer` refuses, or a pair does not fit the token budget.
         ImportError: a quantised model without bitsandbytes.
     """
+    mode = run.config.checkpointing_mode
+    return by_few_layers(model_config, mode, lambda config: _count(config, run, sequences))
+
+
+def by_few_layers(
+    model_config: PreTrainedConfig, checkpointing: str | None, count: Callable[[PreTrainedConfig], Step]
+) -> Step:
+    """What `count` makes of a model; of two with few of its layers, where those are alike.
+
+    Args:
+        model_config: of the model.
+        checkpointing: mode, see `models.checkpointing`; None where it is not one of those.
+        count: a configuration -> its step.
+    """
     layers = model_config.get_text_config().num_hidden_layers
-    few = _few_layers(model_config.get_text_config(), run.config.checkpointing_mode)
+    few = _few_layers(model_config.get_text_config(), checkpointing)
     if few is not None:
-        first, second = (_count(_with_layers(model_config, each), run, groups, image_tokens) for each in few)
+        first, second = (count(_with_layers(model_config, each)) for each in few)
+        # What is kept grows by layers; where it does not, the most is held in the vision part, which may change.
         if second.loss.at_peak.get(KEPT, 0) > first.loss.at_peak.get(KEPT, 0):
             return _gone_on(first, second, (layers - few[0]) // (few[1] - few[0]))
-    return _count(model_config, run, groups, image_tokens)
+    return count(model_config)
 
 
 def _few_layers(text_config, checkpointing):
@@ -150,7 +172,7 @@ def _gone_on(first, second, times):
     return replace(second, loss=metered(first.loss, second.loss), update=metered(first.update, second.update))
 
 
-def _count(model_config, run, groups, image_tokens):
+def _count(model_config, run, sequences):
     model = meta_model(model_config, run.dtype, run.quantization)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -165,9 +187,7 @@ def _count(model_config, run, groups, image_tokens):
     with warnings.catch_warnings():  # it looks for embeddings by their addresses, which fake ones do not have
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor", UserWarning)
         trainer.create_optimizer()
-    sequences = [
-        sequence._map(mode.from_tensor) for sequence in packed_sequences(groups, run, image_tokens, model_config)
-    ]
+    sequences = [sequence._map(mode.from_tensor) for sequence in sequences]
     for sequence in sequences:
         meter.know(sequence.image_rows, INPUTS)
     with mode:
@@ -180,6 +200,7 @@ def _count(model_config, run, groups, image_tokens):
         for state in trainer.optimizer.state.values():
             for value in filter(torch.is_tensor, state.values()):
                 meter.know(value, OPTIMIZER)
+        trainer.meter = meter
         with meter:
             trainer.training_step(model, {"sequences": sequences})
         loss, meter.metered = meter.metered, Metered()
@@ -187,7 +208,7 @@ def _count(model_config, run, groups, image_tokens):
             trainer.accelerator.clip_grad_norm_(model.parameters(), run.config.max_grad_norm)
             trainer.optimizer.step()
     lengths = tuple(len(sequence.packing.input_ids) for sequence in sequences)
-    return Step(loss, meter.metered, lengths, len(groups))
+    return Step(loss, meter.metered, lengths, sequences[0].batch.num_pairs)
 
 
 def _trainer(model, run):
@@ -217,24 +238,41 @@ def _lasting(model):
     yield from ((WEIGHTS, tensor) for _, tensor in scales_of(model))
 
 
-def packed_sequences(groups, run, image_tokens, model_config):
-    """The packed sequences that the collator makes of such pairs, with what caches keep or pixels."""
-    config = run.config
-    if config.loss_config().loss_types == ("sft",):
+def packed_sequences(
+    model_config: PreTrainedConfig, run: Run, groups: Sequence[Group], image_tokens: int
+) -> list[PackedSequence]:
+    """The packed sequences that the collator makes of a batch, with pixels or with what caches keep.
+
+    Args:
+        model_config: of the model.
+        run: what decides the step.
+        groups: the pairs of one batch, an image each.
+        image_tokens: of one image; they stand at the end of the prompt.
+
+    Raises:
+        ValueError: a pair does not fit the token budget.
+    """
+    if run.config.loss_config().loss_types == ("sft",):
         groups = [Group(group.prefix, group.branches[:1]) for group in groups]
     batch = Batch(len(groups), sum(len(group.branches[0]) for group in groups))
-    for members in plan_sequences([len(group) for group in groups], config.token_budget):
+    side, sequences = model_config.vision_config.image_size, []
+    for members in plan_sequences([len(group) for group in groups], run.config.token_budget):
         packing = pack([groups[n] for n in members])
         rows = torch.cat([torch.arange(end - image_tokens, end) for end in _prefix_ends(packing)])
-        pixels, features, reference = {}, None, None
-        if config.cache_image_features:
-            features = torch.empty(len(rows), model_config.get_text_config().hidden_size, dtype=run.dtype)
-        else:
-            side = model_config.vision_config.image_size
-            pixels = {"pixel_values": torch.empty(len(members), 3, side, side)}
-        if config.precompute_ref_log_probs:
-            reference = torch.zeros(len(packing.targets))
-        yield PackedSequence(packing, pixels, rows, batch, (), features, reference)
+        sequence = PackedSequence(packing, {"pixel_values": torch.empty(len(members), 3, side, side)}, rows, batch)
+        sequences.append(as_cached(model_config, run, sequence))
+    return sequences
+
+
+def as_cached(model_config: PreTrainedConfig, run: Run, sequence: PackedSequence) -> PackedSequence:
+    """A sequence as the collator makes it where the configuration's caches are filled."""
+    if run.config.cache_image_features and len(sequence.image_rows):
+        width = model_config.get_text_config().hidden_size
+        features = torch.empty(len(sequence.image_rows), width, dtype=run.dtype)
+        sequence = replace(sequence, image_inputs={}, image_features=features)
+    if run.config.precompute_ref_log_probs:
+        sequence = replace(sequence, ref_token_logps=torch.zeros(len(sequence.packing.targets)))
+    return sequence
 
 
 def _prefix_ends(packing: Packing):

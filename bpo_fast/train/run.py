@@ -5,6 +5,7 @@ The folder holds `run.json` (settings, and how it ended), the trainer's checkpoi
 
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from bpo_fast.runs.folder import locked_folder, read_run
 from bpo_fast.runs.interrupts import Interrupted
 from bpo_fast.train.card import public_name, write_card
 from bpo_fast.train.checkpoints import check_checkpoint, last_complete_checkpoint, not_written
+from bpo_fast.train.collator import PreferenceCollator
 from bpo_fast.train.config import BPOConfig
 from bpo_fast.train.distributed import end_processes
 from bpo_fast.train.settings import deciding_settings, differences
@@ -51,6 +53,7 @@ def train(
     eval_dataset: str | os.PathLike | None = None,
     eval_fraction: float | None = None,
     model_init_kwargs: dict[str, Any] | None = None,
+    forecast: Callable[[list[tuple[int, int, int]]], str] | None = None,
 ) -> Trained:
     """Train an adapter into `config.output_dir`, or go on with the run there.
 
@@ -63,9 +66,12 @@ def train(
         eval_dataset: path of pairs to evaluate on.
         eval_fraction: share of the pairs that is held out to evaluate on, drawn by `config.seed`.
         model_init_kwargs: further arguments of `load_model`.
+        forecast: on a GPU, called before the model is loaded, with the tokens of prefix, chosen and rejected of the
+            first batch; what it returns is printed, and what the device held at most is printed at the end.
 
     Raises:
-        ValueError: the folder holds a run that other settings would change, or whatever `BPOTrainer` refuses.
+        ValueError: the folder holds a run that other settings would change, or whatever `forecast` or `BPOTrainer`
+            refuses.
         Interrupted: SIGTERM or Ctrl-C; a checkpoint of the step at hand is on disk.
     """
     model_init_kwargs = model_init_kwargs or {}
@@ -89,6 +95,10 @@ def train(
         num_steps = _finished_steps(folder, settings, has_checkpoint=last is not None)
         if num_steps is not None:
             return Trained(len(pairs), num_steps, was_finished=True)
+        processor = load_processor(model, trust_remote_code=bool(model_init_kwargs.get("trust_remote_code")))
+        on_gpu = config.device.type == "cuda"
+        if forecast is not None and on_gpu and is_main and (lengths := _first_lengths(config, processor, pairs)):
+            _say(forecast(lengths))
         trainer = BPOTrainer(
             model=load_model(
                 model, device=config.device, float16_as=torch.bfloat16 if config.bf16 else None, **model_init_kwargs
@@ -96,7 +106,7 @@ def train(
             args=config,
             train_dataset=pairs,
             eval_dataset=held_out,
-            processing_class=load_processor(model, trust_remote_code=bool(model_init_kwargs.get("trust_remote_code"))),
+            processing_class=processor,
             peft_config=peft_config,
         )
         checkpoint = config.resume_from_checkpoint or last
@@ -110,6 +120,9 @@ def train(
             trainer.add_callback(stop)
             trainer.train_from(checkpoint)
         num_pairs, num_steps = len(trainer.train_dataset), trainer.state.global_step
+        if on_gpu and is_main:
+            held, taken = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+            _say(f"Held on the GPU at most: {held / 2**30:.2f} GiB of tensors, {taken / 2**30:.2f} with free blocks.")
         end_processes(trainer)
         if stop.signal is not None and num_steps < trainer.state.max_steps:
             where = f"a checkpoint of step {num_steps:,} is in {folder}; the same command resumes there."
@@ -120,6 +133,22 @@ def train(
             _save_adapter(trainer, folder, {"base_model": model, "settings": shown, "dataset": made_of})
             write_json(folder / RECORD_FILE, {"settings": settings, "num_steps": num_steps})
     return Trained(num_pairs, num_steps, was_finished=False)
+
+
+def _first_lengths(config, processor, pairs):
+    """Tokens of prefix, chosen and rejected of the first batch; None where it cannot be collated as it is."""
+    with_rejected = config.loss_config().loss_types != ("sft",)
+    collator = PreferenceCollator(processor, image_token_id=-1, max_length=config.max_length)
+    if not with_rejected:
+        collator.responses = ("chosen",)
+    count = min(config.per_device_train_batch_size, len(pairs))
+    try:
+        (sequence,) = collator([pairs[number] for number in range(count)])["sequences"]
+    except (ValueError, OSError):
+        return None  # such pairs are told of, and left out, when all are checked
+    packing = sequence.packing
+    branches = (each if with_rejected else each * 2 for each in packing.branch_lengths)
+    return [(prefix, *both) for prefix, both in zip(packing.prefix_lengths, branches, strict=True)]
 
 
 def _finished_steps(folder, settings, has_checkpoint):

@@ -198,7 +198,7 @@ def test_missing_options_and_recipes():
     with pytest.raises(
         FileNotFoundError,
         match=r"^--config: found no file 'none', expected a file or one of llava-1\.5-13b, llava-1\.5-7b, "
-        r"llava15-13b-a40, tiny\.$",
+        r"llava15-13b-24gb, llava15-13b-a40, llava15-7b-16gb, tiny\.$",
     ):
         bootstrap("--config", "none")
 

@@ -33,7 +33,8 @@ GROUPS = groups_of(PAPER_MIX.pairs(3), TOKENS)
 CASES = {
     "recomputed": {},
     "nothing recomputed": {"checkpointing": "none", "token_budget": 600},
-    "caches, bf16 autocast": {"precompute_ref_log_probs": True, "cache_image_features": True, "bf16": True},
+    "caches": {"precompute_ref_log_probs": True, "cache_image_features": True},
+    "bf16 autocast, PEFT's linears": {"bf16": True, "fused_lora": False},
     "sft": {"loss_type": "sft", "checkpointing": "every_2"},
 }
 
@@ -86,8 +87,8 @@ def both(request, tmp_path_factory):
     run = settings(tmp_path_factory.mktemp("run"), **CASES[request.param])
     trainer = real_trainer(run)
     config = trainer.model.get_base_model().config
-    sequences = list(packed_sequences(GROUPS, run, TOKENS, config))
-    return count_step(config, run, GROUPS, TOKENS), trainer, sequences
+    sequences = packed_sequences(config, run, GROUPS, TOKENS)
+    return count_step(config, run, sequences), trainer, sequences
 
 
 def test_terms_that_last_are_what_the_tensors_hold(both):
@@ -136,8 +137,8 @@ def test_what_is_kept_is_what_autograd_saves(tmp_path):
     run = settings(tmp_path, checkpointing="none")
     trainer = real_trainer(run)
     config = trainer.model.get_base_model().config
-    (sequence,) = packed_sequences(GROUPS, run, TOKENS, config)
-    step = count_step(config, run, GROUPS, TOKENS)
+    (sequence,) = packed_sequences(config, run, GROUPS, TOKENS)
+    step = count_step(config, run, [sequence])
     there = {x.untyped_storage()._cdata for x in (*trainer.model.parameters(), *trainer.model.buffers())}
     saved = {}
 
@@ -158,6 +159,7 @@ def test_what_is_kept_is_what_autograd_saves(tmp_path):
 def test_few_layers_stand_for_all_to_the_byte(tmp_path, monkeypatch, mode):
     run = settings(tmp_path, checkpointing=mode)
     config = make_llava(image_size=SIZE, patch_size=PATCH, vocab_size=VOCAB, **TEXT | {"num_hidden_layers": 8}).config
-    quick = count_step(config, run, GROUPS[:1], TOKENS)
+    sequences = packed_sequences(config, run, GROUPS[:1], TOKENS)
+    quick = count_step(config, run, sequences)
     monkeypatch.setattr(step_module, "ALIKE", ())
-    assert quick == count_step(config, run, GROUPS[:1], TOKENS)
+    assert quick == count_step(config, run, sequences)
