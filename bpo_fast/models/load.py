@@ -133,7 +133,7 @@ def load_model(
     if dtype == "auto" and float16_as is not None and _is_float16(path):
         dtype = options["dtype"] = float16_as
     if quantization:
-        options["quantization_config"] = _nf4(path, options["dtype"], trust_remote_code)
+        options["quantization_config"] = _nf4(path, dtype, trust_remote_code)
     # Before the model, which takes minutes.
     adapter_folder = None if adapter is None else _adapter_folder(adapter)
     with _loading("model", path):

@@ -17,6 +17,7 @@ KEPT, TRANSIENT, INSIDE = "kept for the backward pass", "recomputed and transien
 
 # They make a tensor and neither read nor write memory.
 _EMPTY = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}
+_EMPTY |= {"aten::_unsafe_view", "aten::_reshape_alias"}
 
 
 @dataclass
@@ -126,7 +127,8 @@ class Meter(TorchDispatchMode):
         return out
 
     def _cost(self, func, args, kwargs, out, tensors):
-        if func.is_view or func.name().partition(".")[0] in _EMPTY:
+        # A fake tensor is asked for its device by an operation, and some views are not called such.
+        if func.is_view or func.namespace == "prim" or func.name().partition(".")[0] in _EMPTY:
             return Cost()
         packet = func._overloadpacket
         if packet in self._costs:
