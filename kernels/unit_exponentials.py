@@ -129,12 +129,13 @@ def launch_unit_exponentials(
 ) -> RowLaunch:
     """Launch over float32 logits [n, V], n not 0, and bfloat16 exponentials [n, V]; what is None is left out.
 
-    `launch` None is the rule's of `heuristics`, the same as for `unit_gradient.py`; a row is not split, whatever it
+    `launch` None is the rule's of `heuristics`, with the tiles of `unit_gradient.py`; a row is not split, whatever it
     says. Returns the launch that was taken.
     """
     num_rows, vocab_size = logits.shape
-    heavy, sizes = statistics is not None or softcap is not None, (num_rows, vocab_size, logits.element_size(), 0)
-    launch = launch or heuristics.row_launch(*sizes, heavy=heavy, aligned=heuristics.is_aligned(logits))
+    aligned, sizes = heuristics.is_aligned(logits), (num_rows, vocab_size, logits.element_size(), 0)
+    heavy = statistics is not None or softcap is not None or not aligned
+    launch = launch or heuristics.row_launch(*sizes, heavy=heavy, aligned=aligned)
     unit_exponentials_kernel[(num_rows,)](
         *(logits, exponentials, targets, bias, logps, row_scale, target_scale, statistics),
         None if statistics is None else statistics.stride(0),
