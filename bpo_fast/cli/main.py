@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bpo_fast import __version__
 from bpo_fast.cli.parser import Parser
-from bpo_fast.cli.quiet import end_bars, quiet
+from bpo_fast.cli.quiet import end_bars, quiet, without_logged
 from bpo_fast.runs.interrupts import interruptible
 from bpo_fast.runs.numbers import SEED, check_numbers
 
@@ -223,6 +223,7 @@ def demo(argv: Sequence[str]) -> None:
     )
 
 
+@without_logged()
 def doctor(argv: Sequence[str]) -> int:
     """Show what this machine has, what is missing, and the line that installs it."""
     Parser(prog="bpo-fast doctor", description=doctor.__doc__, allow_abbrev=False).parse_args(argv)

@@ -1,5 +1,6 @@
 """Keeps from the screen what libraries say and a user can do nothing about, and that alone."""
 
+import logging
 import sys
 import warnings
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ _IGNORED = (
     # transformers' Trainer asks for pinned memory also where there is no device to pin it for.
     ("'pin_memory' argument is set as true but no accelerator is found", UserWarning),
 )
+# Logger -> beginning of a message. bitsandbytes looks for a package of kernels that it does without.
+_LOGGED = {"bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward"}
 _MODEL_BARS = ("Loading weights", "Writing model shards")
 _MODEL_BAR_DELAY = 3.0  # seconds: the bar of a large model is worth seeing, that of a small one is not
 
@@ -18,7 +21,7 @@ _MODEL_BAR_DELAY = 3.0  # seconds: the bar of a large model is worth seeing, tha
 @contextmanager
 def quiet() -> Iterator[None]:
     """Ignore the warnings above inside the block; show transformers' bars of a model's weights only if they last."""
-    from transformers.utils import logging
+    from transformers.utils.logging import set_tqdm_hook
 
     previous = None
 
@@ -27,14 +30,30 @@ def quiet() -> Iterator[None]:
             kwargs = {**kwargs, "delay": _MODEL_BAR_DELAY}
         return factory(*args, **kwargs) if previous is None else previous(factory, args, kwargs)
 
-    previous = logging.set_tqdm_hook(delay)
+    previous = set_tqdm_hook(delay)
     try:
-        with warnings.catch_warnings():
+        with without_logged(), warnings.catch_warnings():
             for message, category in _IGNORED:
                 warnings.filterwarnings("ignore", message, category)
             yield
     finally:
-        logging.set_tqdm_hook(previous)
+        set_tqdm_hook(previous)
+
+
+@contextmanager
+def without_logged() -> Iterator[None]:
+    """Keep the logged messages above from the screen inside the block; needs no library."""
+    for name in _LOGGED:
+        logging.getLogger(name).addFilter(_is_shown)
+    try:
+        yield
+    finally:
+        for name in _LOGGED:
+            logging.getLogger(name).removeFilter(_is_shown)
+
+
+def _is_shown(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(_LOGGED[record.name])
 
 
 def end_bars() -> None:

@@ -94,3 +94,12 @@ def test_a_hook_that_was_there_is_called_and_put_back():
         assert logging.set_tqdm_hook(before) is hook
     finally:
         logging.set_tqdm_hook(before)
+
+
+def test_of_bitsandbytes_only_its_missing_kernels_are_not_shown(caplog):
+    logger = logging.logging.getLogger("bitsandbytes.backends.cpu.ops")
+    with quiet():
+        logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s", "no such package")
+        logger.warning("something else")
+    logger.warning("Failed to load CPU gemm_4bit_forward from elsewhere")
+    assert caplog.messages == ["something else", "Failed to load CPU gemm_4bit_forward from elsewhere"]
