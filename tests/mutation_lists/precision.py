@@ -27,8 +27,15 @@ MUTATIONS = [
     Mutation(
         "the head's kernel launched on another GPU",
         "bpo_fast/ops/unit_gradient.py",
-        "    with torch.cuda.device_of(logits):\n",
-        "    if True:\n",
+        "    with torch.cuda.device_of(logits):\n        launch_unit_gradient(",
+        "    if True:\n        launch_unit_gradient(",
+        "tests/ops/test_current_device.py::test_the_head",
+    ),
+    Mutation(
+        "the head's kernel of one pass launched on another GPU",
+        "bpo_fast/ops/unit_gradient.py",
+        "    with torch.cuda.device_of(logits):\n        launch_unit_exponentials(",
+        "    if True:\n        launch_unit_exponentials(",
         "tests/ops/test_current_device.py::test_the_head",
     ),
     Mutation(

@@ -141,7 +141,7 @@ MUTATIONS = [
         "bpo_fast/train/distributed.py",
         "    trainer.model_wrapped = trainer.model\n",
         "",
-        "tests/train/test_trainer.py::test_two_processes_train_as_one[None]",
+        "tests/train/test_trainer.py::test_two_processes_train_as_one",
     ),
     Mutation(
         "features that were kept under another autocast",
