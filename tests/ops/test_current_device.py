@@ -97,7 +97,8 @@ def test_the_noise_extension_gets_the_device_and_its_stream(monkeypatch):
     )
     monkeypatch.setattr(noise_launch.native, "cuda_extension", lambda: extension)
     monkeypatch.setattr(torch.cuda, "device", device)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=100 + current[-1]))
+    streams = {None: 100, **{torch.device("cuda", index): 100 + index for index in range(4)}}
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda of=None: SimpleNamespace(cuda_stream=streams[of]))
     x = SimpleNamespace(device=torch.device("cuda", 3), dtype=torch.float32, data_ptr=lambda: 0)
-    noise_launch.launch(x, x, seed=7)
+    noise_launch.launch(x, x, samples=1, n=4, width=4, seed=7)
     assert calls == [(3, 103, 3)]
