@@ -74,7 +74,8 @@ def headlines(results):
 
 def overview(devices):
     """The README's small table a device, and the chart of the first device."""
-    for device, results in ((device, found.values()) for device, found in devices.items()):
+    for device, found in devices.items():
+        results = [result for result in found.values() if result["bench"] != "flops"]
         lines = []
         for name, group in headlines(results).items():
             (_, ours), (peer, other) = group["rows"].items()
