@@ -218,7 +218,9 @@ DPO = Operation(
 LOGPS = {
     OURS: loss(lambda p: objective(p, lambda rows: bpo_fast.token_logps(rows, p.targets))),
     **PLAIN,
-    "F.cross_entropy": loss(lambda p: lambda: F.cross_entropy(p.rows.float(), p.targets, reduction="sum")),
+    "F.cross_entropy": loss(
+        lambda p: objective(p, lambda rows: -F.cross_entropy(rows.float(), p.targets, reduction="none"))
+    ),
     "TRL selective_log_softmax": loss(lambda p, trl: objective(p, lambda rows: trl(rows, p.targets)), peer=TRL_LOGPS),
     # Half the logits read and written are what must be read.
     FLOOR: Candidate(lambda p: copies(p.rows.flatten()[: p.rows.numel() // 2]), IS_FLOOR),
