@@ -14,12 +14,14 @@ import tempfile
 import time
 from pathlib import Path
 
-from mutation_lists import cli, data, kernels, models, precision, runs, train
+from mutation_lists import cli, data, kernels, models, plan, precision, runs, train
 from mutation_lists.mutation import INTERPRETED
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("bpo_fast", "kernels", "csrc", "recipes", "tests", "examples", "pyproject.toml")
-MUTATIONS = [mutation for part in (kernels, precision, models, data, cli, train, runs) for mutation in part.MUTATIONS]
+MUTATIONS = [
+    mutation for part in (kernels, precision, models, data, cli, train, runs, plan) for mutation in part.MUTATIONS
+]
 
 
 def run(mutation, tree):

@@ -20,9 +20,6 @@ from bpo_fast.ops.head_sweep import (
 )
 from bpo_fast.ops.rows import BLOCK_BYTES, accumulation_dtype
 
-# The transform of a chunk's logits on a GPU: read in float32 and written in the head's dtype, twice read.
-LOGIT_BYTES = 10
-
 
 class Cost(NamedTuple):
     flops: int = 0
@@ -37,18 +34,20 @@ class HeadMemory(NamedTuple):
     Attributes:
         logits: bytes of them that it may hold at once, see `ops.head_sweep`.
         block: bytes of the copy of a block of them, from which the CPU has its statistics; a GPU needs none.
+        one_pass: bfloat16 gradients are made in one pass over them, in memory of their own, as on a GPU.
     """
 
     logits: int
     block: int
+    one_pass: bool
 
 
-ON_CPU = HeadMemory(CPU_SCRATCH_BYTES, BLOCK_BYTES)
+ON_CPU = HeadMemory(CPU_SCRATCH_BYTES, BLOCK_BYTES, one_pass=False)
 
 
 def on_card(memory_bytes: int) -> HeadMemory:
     """Of a card with so much memory."""
-    return HeadMemory(max(GPU_SCRATCH_BYTES, memory_bytes // GPU_SCRATCH_SHARE), 0)
+    return HeadMemory(max(GPU_SCRATCH_BYTES, memory_bytes // GPU_SCRATCH_SHARE), 0, one_pass=True)
 
 
 def costs(head: HeadMemory) -> dict[object, Callable[..., Cost]]:
@@ -97,10 +96,15 @@ def _head(given: Arguments, memory: HeadMemory) -> Cost:
         moved += logits * narrow + count * width * wide
     moved += products * chunks * vocab * width * narrow
     held = min(rows, count)
+    one_pass = given.with_rows and memory.one_pass and given.hidden.dtype == torch.bfloat16
+    # Beside the products logits are read once for a log-prob, and once more to be turned if that is another pass.
+    transformed = sweeps * wide + given.with_rows * (narrow + (not one_pass) * wide)
     inside = held * (vocab + width * given.with_rows) * wide
+    if one_pass:
+        inside += held * vocab * narrow
     if given.with_statistics:
         inside += min(memory.block, held * vocab * wide)
-    return Cost(products * 2 * count * width * vocab, moved, LOGIT_BYTES * logits * sweeps, inside)
+    return Cost(products * 2 * count * width * vocab, moved, transformed * logits, inside)
 
 
 def _gemm_4bit(hidden, packed, shape, *others, **options) -> Cost:
