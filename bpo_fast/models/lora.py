@@ -24,6 +24,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get
 from torch import nn
 from transformers import PreTrainedModel
 
+from bpo_fast.models.four_bits import keep_training_layout
 from bpo_fast.models.weights import adapter_parameters
 
 LORA_TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -185,6 +186,7 @@ def with_fresh_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConf
             )
         model = get_peft_model(model, restrict_to_decoder(peft_config, model))
     _check_adapter(model)
+    keep_training_layout(model)
     return model
 
 

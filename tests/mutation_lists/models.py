@@ -262,4 +262,11 @@ MUTATIONS = [
         "            if True:\n",
         "tests/kernels/interpreted/elementwise_checks.py::test_a_kernel_that_computes_something_else_is_not_used",
     ),
+    Mutation(
+        "a base of 4 bits trained through what has no gradient",
+        "bpo_fast/models/lora.py",
+        "    keep_training_layout(model)\n",
+        "",
+        "tests/train/test_fused_training.py::test_no_base_of_4_bits_is_packed_for_inference_while_it_trains",
+    ),
 ]

@@ -1,5 +1,6 @@
 """A step without waste trains what PEFT, TRL and plain transformers train."""
 
+import bitsandbytes
 import pytest
 import torch
 from datasets import Dataset
@@ -115,3 +116,35 @@ def test_ligers_kernels_go_on_the_decoder_alone_and_its_losses_nowhere(tmp_path,
     trainer.train()
     assert fused == [trainer.model.get_base_model().get_decoder()]
     assert trainer.args.use_liger_kernel
+
+
+@pytest.fixture
+def on_avx512_bf16(monkeypatch):
+    """A processor on which bitsandbytes packs linears for inference, whatever the real one is."""
+
+    def pack(weight, state):
+        state.packing_format_for_cpu = True
+        return weight, state
+
+    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
+    monkeypatch.setattr(bitsandbytes.nn.modules, "_convert_weight_packed_for_cpu", pack)
+
+
+def test_no_base_of_4_bits_is_packed_for_inference_while_it_trains(tmp_path, on_avx512_bf16, nf4):
+    # The start check calls it without gradients, and what is packed has none at all.
+    trainer = trainer_of(tmp_path / "run", nf4(), max_steps=2, fused_lora=False)
+    trainer.train()
+    linears = [module for module in trainer.model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    assert linears
+    assert not any(getattr(x.weight.quant_state, "packing_format_for_cpu", False) for x in linears)
+    fused = trainer_of(tmp_path / "fused", nf4(), max_steps=2)
+    fused.train()
+    assert history(trainer, "grad_norm") == pytest.approx(history(fused, "grad_norm"), rel=1e-4)
+
+
+def test_a_base_of_4_bits_that_was_packed_is_refused(tmp_path, nf4):
+    model = nf4().eval()
+    first = next(module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit))
+    first.weight.quant_state.packing_format_for_cpu = True  # as its first answer leaves it, on some processors
+    with pytest.raises(ValueError, match=r"model: found .*q_proj.* packed by bitsandbytes for inference on this CPU"):
+        trainer_of(tmp_path / "run", model)
