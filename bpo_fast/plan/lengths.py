@@ -30,7 +30,7 @@ class LengthMix:
 
         Example:
             >>> PAPER_MIX.pairs(2)
-            [(55, 92, 77), (55, 176, 211)]
+            [(55, 84, 70), (55, 184, 220)]
         """
         shares = sum(share for share, _ in self.parts)
         mean = sum(share * mean for share, mean in self.parts) / shares
