@@ -11,8 +11,9 @@ install: $(INSTALLED)
 demo: $(INSTALLED)
 	$(VENV)/bin/bpo-fast demo --output_dir $(DEMO_OUT)
 
+# A process a core, each of one thread.
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
