@@ -5,11 +5,16 @@ A process that trains on a GPU has set its devices up, and the plan's fake tenso
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
 
 from bpo_fast.plan.cards import GIB, Card
+
+# What launchers of several processes set: the plan's is none of them, and would wait for the others.
+_LAUNCHED = re.compile("(RANK|WORLD_SIZE|LOCAL_|GROUP_|ROLE_|MASTER_|TORCHELASTIC_|ACCELERATE_|OMPI_|PMI_|MV2_).*")
+_SECONDS = 180
 
 
 def forecast_of(argv: Sequence[str], lengths: Sequence[tuple[int, int, int]], card: Card) -> str:
@@ -43,12 +48,13 @@ def forecast_of(argv: Sequence[str], lengths: Sequence[tuple[int, int, int]], ca
 
 def _run(command):
     """The plan as JSON values, or the sentence of its error."""
-    done = subprocess.run(
-        [sys.executable, "-m", "bpo_fast", *command],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-    )
+    environment = {name: value for name, value in os.environ.items() if not _LAUNCHED.fullmatch(name)}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    argv = [sys.executable, "-m", "bpo_fast", *command]
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True, env=environment, timeout=_SECONDS)
+    except subprocess.TimeoutExpired:
+        return f"it took more than {_SECONDS} s"
     if done.returncode:
         return (done.stderr.strip().splitlines() or ["it ended without a word"])[-1].removeprefix("bpo-fast: error: ")
     return json.loads(done.stdout)

@@ -12,7 +12,7 @@ from transformers.utils import is_liger_kernel_available
 from bpo_fast.losses.config import LOSS_OPTIONS, LossConfig
 from bpo_fast.losses.table import losses_that
 from bpo_fast.train.loading import default_num_workers
-from bpo_fast.train.options import CHECKPOINTING, check_options
+from bpo_fast.train.options import CHECKPOINTING, check_options, check_processes
 
 _TYPES = get_type_hints(LossConfig)
 
@@ -171,6 +171,7 @@ class BPOConfig(LossOptions, TrainingArguments):
                 "reads no reference; leave it out."
             )
         super().__post_init__()
+        check_processes(self)
         if self.use_liger_kernel and not is_liger_kernel_available():
             raise ImportError(
                 "use_liger_kernel: found True without liger-kernel; pip install 'liger-kernel>=0.8', or leave it out."

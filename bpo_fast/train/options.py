@@ -164,6 +164,20 @@ def check_devices(config: Any) -> None:
         )
 
 
+def check_processes(config: Any) -> None:
+    """Refuse processes that a launcher has started together and that would each train alone.
+
+    Raises:
+        ValueError: with what to add.
+    """
+    launched = os.environ.get("WORLD_SIZE", "1")
+    if launched != "1" and config.world_size == 1:
+        raise ValueError(
+            f"use_cpu: found {config.use_cpu} in one of {launched} processes on {config.device.type}, expected True "
+            "where there is no GPU, or each of them would train alone; add --use_cpu, or start one process."
+        )
+
+
 def check_batch(config: Any, num_examples: int) -> None:
     """Refuse a batch that so many examples never fill, where only whole ones are trained on.
 

@@ -17,4 +17,11 @@ MUTATIONS = [
         "        if ",
         "tests/plan/test_meter.py::test_questions_about_a_fake_tensor_and_views_of_it_move_nothing",
     ),
+    Mutation(
+        "a forecast that waits for the other processes of a training",
+        "bpo_fast/plan/before.py",
+        " if not _LAUNCHED.fullmatch(name)}",
+        "}",
+        "tests/plan/test_fit.py::test_the_process_plans_what_was_trained",
+    ),
 ]

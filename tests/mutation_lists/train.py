@@ -206,4 +206,11 @@ MUTATIONS = [
         "    lengths = packing.num_tokens.tolist()\n",
         "tests/train/test_waits.py::test_no_step_waits_between_logs",
     ),
+    Mutation(
+        "processes of one launch that each train alone",
+        "bpo_fast/train/options.py",
+        '    if launched != "1" and config.world_size == 1:\n',
+        "    if False:\n",
+        "tests/train/test_options.py::test_processes_that_would_each_train_alone_are_refused",
+    ),
 ]

@@ -113,7 +113,12 @@ def test_what_cannot_be_planned_is_trained_all_the_same(answers):
     assert before.forecast_of([], [(9, 1, 1)], CARDS["a40"]) == "Forecast: none (model: found no preset.)"
 
 
-def test_the_process_plans_what_was_trained(tmp_path):
+def test_the_process_plans_what_was_trained(tmp_path, monkeypatch):
+    # One of several processes asks; the plan's is by itself, and would wait for them for ever.
+    launched = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(before, "_SECONDS", 60)
     values = find_config("llava-1.5-7b").to_dict()
     values["text_config"] |= {"num_hidden_layers": 1}
     values["vision_config"] |= {"num_hidden_layers": 1}

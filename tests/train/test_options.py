@@ -3,12 +3,14 @@
 import re
 from dataclasses import fields, replace
 from enum import Enum
+from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers import TrainingArguments
 
 from bpo_fast import BPOConfig
-from bpo_fast.train.options import NUMBERS, REFUSED, REFUSED_VALUES
+from bpo_fast.train.options import NUMBERS, REFUSED, REFUSED_VALUES, check_processes
 
 # Taken, with transformers' own meaning and checks. A field of a newer transformers is in none of these lists: find out
 # what BPOTrainer makes of it, and put it into one.
@@ -269,3 +271,14 @@ def test_refused_options_say_why_in_one_sentence():
         assert why[0].islower()
         assert not why.endswith(".")
     assert not isinstance(config().save_strategy, Enum) or config().save_strategy == "steps"
+
+
+def test_processes_that_would_each_train_alone_are_refused(monkeypatch):
+    # Without a GPU transformers takes several processes for one training only where it is told to use the CPU.
+    found = {"use_cpu": False, "device": torch.device("cpu"), "world_size": 1}
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    check_processes(SimpleNamespace(**found))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_processes(SimpleNamespace(**found | {"world_size": 2}))
+    with pytest.raises(ValueError, match="use_cpu: found False in one of 2 processes on cpu, expected True"):
+        check_processes(SimpleNamespace(**found))
