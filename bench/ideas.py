@@ -10,7 +10,7 @@ from bpo_fast.models.packing import Group, pack
 from bpo_fast.plan.cards import find_card
 from bpo_fast.plan.forecast import forecast
 from bpo_fast.plan.operations import on_card
-from bpo_fast.plan.step import Run, count_step
+from bpo_fast.plan.step import Run, count_step, packed_sequences
 from bpo_fast.train import collator, trainer
 
 # Of a layer's forward products, the part that a mode of checkpointing computes again.
@@ -77,5 +77,6 @@ def forecast_bytes(trained, run, lora, packings, options):
     dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
     planned = Run(config, lora, dtype, "nf4" if options.base == "nf4" else None, on_card(card.memory_bytes))
     model_config = trained.model.get_base_model().config
-    step = count_step(model_config, planned, groups, model_config.image_seq_length)
+    sequences = packed_sequences(model_config, planned, groups, model_config.image_seq_length)
+    step = count_step(model_config, planned, sequences)
     return {"forecast_bytes": forecast(step, card).peak_bytes}
