@@ -12,26 +12,38 @@ The file is a JSON list or JSON lines. A format is known by a key of its records
 """
 
 import hashlib
+import itertools
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bpo_fast.data.images import image_path
-from bpo_fast.models.conversation import IMAGE_TAG
+from bpo_fast.models.conversation import IMAGE_TAG, Messages
 from bpo_fast.runs.files import read_json
 from bpo_fast.runs.text import is_text, printable, shown
 
 
 @dataclass(frozen=True, slots=True)
 class Annotation:
-    """One annotated answer: number of its record in the file, id, image path below the image folder, and the texts."""
+    """One annotated answer.
+
+    Attributes:
+        record: number of its record in its file.
+        id: its id, a text of its own in the file.
+        image: path of its image below the image folder.
+        question, answer: the texts, the image's tag taken out.
+        history: earlier (question, answer) turns of the same conversation, the first of which the image belongs to.
+        source: name of the data set that it is of, where there are several.
+    """
 
     record: int
     id: str
     image: str
     question: str
     answer: str
+    history: tuple[tuple[str, str], ...] = ()
+    source: str = ""
 
     @property
     def sample_id(self) -> int:
@@ -41,8 +53,25 @@ class Annotation:
         >>> first.sample_id == moved.sample_id
         True
         """
-        text = "\0".join((self.id, self.image, self.question))
+        text = "\0".join((*filter(None, [self.source]), self.id, self.image, *sum(self.history, ()), self.question))
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+    @property
+    def prompt(self) -> Messages:
+        """The conversation up to the question, as `models.prompt.render` takes it: the image in its first turn.
+
+        >>> asked = Annotation(0, "a", "1.png", "What color?", "Red.", history=(("What is it?", "A cat."),))
+        >>> [message["role"] for message in asked.prompt], asked.prompt[0]["content"][0]
+        (['user', 'assistant', 'user'], {'type': 'image'})
+        """
+        texts = [text for turn in self.history for text in turn] + [self.question]
+        roles = itertools.cycle(["user", "assistant"])
+        messages = [
+            {"role": role, "content": [{"type": "text", "text": text}]}
+            for role, text in zip(roles, texts, strict=False)
+        ]
+        messages[0]["content"].insert(0, {"type": "image"})
+        return messages
 
 
 @dataclass(frozen=True, slots=True)
