@@ -1,4 +1,4 @@
-"""Answers to questions about images, in batches."""
+"""Answers to questions about images, and to prompts of text alone, in batches."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from bpo_fast.models.conversation import Messages
 from bpo_fast.models.packed_forward import image_features
 from bpo_fast.models.prompt import encode, image_inputs, question, render
 
@@ -118,6 +119,33 @@ def generate(
         One answer a question.
     """
     inputs = _encode(model, processor, images, questions)
+    return _decode(model, processor, inputs, settings, seeds)
+
+
+def generate_text(
+    model: nn.Module,
+    processor: ProcessorMixin,
+    prompts: Sequence[str | Messages],
+    settings: GenerationSettings,
+    *,
+    seeds: Sequence[int] | None = None,
+) -> list[Response]:
+    """Answer a batch of prompts without images, by the language model alone: its vision part is not run.
+
+    Args:
+        model, processor, settings, seeds: as those of `generate`.
+        prompts: messages, or plain strings of one user turn each.
+
+    Returns:
+        One answer a prompt.
+    """
+    texts = [render(processor, prompt, num_images=0)[0] for prompt in prompts]
+    inputs = encode(processor, texts, [[] for _ in texts]).to(model.device)
+    return _decode(model, processor, inputs, settings, seeds)
+
+
+def _decode(model, processor, inputs, settings, seeds):
+    """The answers to a batch of encoded prompts."""
     tokenizer = processor.tokenizer
     sampling = LogitsProcessorList()
     if settings.do_sample:
@@ -125,7 +153,7 @@ def generate(
             sampling.append(TemperatureLogitsWarper(float(settings.temperature)))
         if settings.top_p is not None:
             sampling.append(TopPLogitsWarper(float(settings.top_p)))
-        sampling.append(_Draw(range(len(questions)) if seeds is None else seeds, model.device))
+        sampling.append(_Draw(range(len(inputs["input_ids"])) if seeds is None else seeds, model.device))
     greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
     sequences = model.generate(
         **inputs,
