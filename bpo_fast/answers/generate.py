@@ -16,7 +16,7 @@ from transformers import (
 
 from bpo_fast.models.conversation import Messages
 from bpo_fast.models.packed_forward import image_features
-from bpo_fast.models.prompt import encode, image_inputs, question, render
+from bpo_fast.models.prompt import encode, image_inputs, render
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,16 +92,16 @@ class _Draw(LogitsProcessor):
 
 
 def _encode(model, processor, images, questions):
-    """Inputs for a batch of single questions, padded on the left, on the model's device and in its dtype."""
-    prompts = [render(processor, question(text))[0] for text in questions]
-    return encode(processor, prompts, [[image] for image in images]).to(model.device, dtype=model.dtype)
+    """Inputs for a batch of questions, padded on the left, on the model's device and in its dtype."""
+    texts = [render(processor, each)[0] for each in questions]
+    return encode(processor, texts, [[image] for image in images]).to(model.device, dtype=model.dtype)
 
 
 def generate(
     model: nn.Module,
     processor: ProcessorMixin,
     images: Sequence[Image.Image],
-    questions: Sequence[str],
+    questions: Sequence[str | Messages],
     settings: GenerationSettings,
     *,
     seeds: Sequence[int] | None = None,
@@ -111,7 +111,8 @@ def generate(
     Args:
         model: vision-language model, in evaluation mode.
         processor: its processor, with a chat template.
-        images, questions: one image a question.
+        images: one a question.
+        questions: texts, or conversations up to the answer whose first user turn shows the image.
         settings: how to decode; what a checkpoint says of sampling does not count.
         seeds: of sampling, one a question; by default 0, 1, ... The caller's random state is left as it was.
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from bpo_fast.data.annotations import Annotation
+from bpo_fast.ops.checks import is_int
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,3 +84,13 @@ def draw(seed: int, sample: Annotation, *salt: str | int) -> int:
     """
     text = " ".join(map(str, (seed, sample.sample_id, *salt)))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def check_seed(seed: object) -> None:
+    """Refuse a seed that the noise op or a generator would not take.
+
+    Raises:
+        ValueError: no whole number of 64 bits.
+    """
+    if not is_int(seed) or not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed: found {seed!r}, expected a whole number from -2**63 to 2**63 - 1.")
