@@ -1,16 +1,20 @@
-"""Folders that hold one run each, and one process at a time."""
+"""Folders that hold one run each, and one process at a time, or as many as share its work."""
 
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from bpo_fast.runs.files import read_json, write_json, writing
 
 LOCK_FILE = ".lock"
+# Seconds that a process of those that share a folder may hold it alone.
+LONGEST_START = 10.0
 
 
 @contextmanager
@@ -38,44 +42,163 @@ def locked_folder(output_dir: str | os.PathLike) -> Iterator[Path]:
     >>> path.exists()
     False
     """
-    output_dir = Path(output_dir)
-    with writing(output_dir, output_dir / LOCK_FILE, *output_dir.parents):
-        if output_dir.exists() and not output_dir.is_dir():
-            raise ValueError(
-                f"output_dir: found the file '{output_dir}', expected a folder; choose another output_dir."
-            )
-        made = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
-        output_dir.mkdir(parents=True, exist_ok=True)
-        lock = _lock(output_dir / LOCK_FILE)
-    try:
-        for left in output_dir.glob(".*.tmp"):
-            left.unlink(missing_ok=True)
-        yield output_dir
-    finally:
-        (output_dir / LOCK_FILE).unlink(missing_ok=True)
-        lock.close()
-        for folder in made:
-            if any(folder.iterdir()):
+    with _opened(Path(output_dir)) as folder:
+        lock = _open_lock(folder / LOCK_FILE, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if lock is None:
+            raise _taken(folder)
+        with _unlocking(lock, folder / LOCK_FILE):
+            _remove_half_written(folder)
+            yield folder
+
+
+@contextmanager
+def shared_folder(output_dir: str | os.PathLike) -> Iterator["SharedFolder"]:
+    """Work in `output_dir` beside other processes that do the same, of this machine or of others.
+
+    As `locked_folder`, which it keeps out and which keeps it out, but for the others in the folder. Across machines
+    the file system must know `flock`, as NFS and Lustre (mounted with `flock`) do. The kernel gives a lock back when
+    its process ends, however it ends.
+
+    Example:
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "run"
+    >>> with shared_folder(path) as first:
+    ...     with shared_folder(path) as second:
+    ...         print(first.alone(), second.path == path)
+    False True
+    """
+    with _opened(Path(output_dir)) as folder:
+        path = folder / LOCK_FILE
+        deadline = time.monotonic() + LONGEST_START
+        while True:
+            lock = _open_lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if lock is not None:
+                _remove_half_written(folder)
+                fcntl.flock(lock, fcntl.LOCK_SH)
+            else:
+                lock = _open_lock(path, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            if lock is not None:
                 break
-            folder.rmdir()
+            # Another one that starts holds it for a moment, a command that wants the folder for itself does for long.
+            if time.monotonic() > deadline:
+                raise _taken(folder)
+            time.sleep(0.05)
+        with _unlocking(lock, path):
+            yield SharedFolder(folder, lock)
 
 
-def _lock(path):
-    """The lock file, open and locked."""
-    while True:
-        file = path.open("ab")
+@dataclass(frozen=True, slots=True)
+class SharedFolder:
+    """A folder that processes share, see `shared_folder`."""
+
+    path: Path
+    _lock: IO
+
+    def alone(self) -> bool:
+        """Whether no other process is in the folder. If so none comes in until this one calls `admit`."""
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fcntl.flock(self._lock, fcntl.LOCK_SH)  # a change of lock that fails has given back the first
+            return False
+        return True
+
+    def admit(self) -> None:
+        """Let others come in again."""
+        fcntl.flock(self._lock, fcntl.LOCK_SH)
+
+
+@contextmanager
+def held(path: str | os.PathLike, *, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock file while the block runs, for one piece of work that processes share.
+
+    Args:
+        path: of the lock file, which is there only while it is held.
+        wait: until others give it back; otherwise the block runs without it.
+
+    Yields:
+        Whether it is held.
+
+    Example:
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "part.lock"
+    >>> with held(path) as mine, held(path, wait=False) as others:
+    ...     print(mine, others)
+    True False
+    """
+    path = Path(path)
+    lock = _open_lock(path, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if lock is None:
+        yield False
+        return
+    with _unlocking(lock, path):
+        yield True
+
+
+@contextmanager
+def _opened(folder):
+    """The folder, made if there is none; what was made is removed again if it stays empty."""
+    with writing(folder, folder / LOCK_FILE, *folder.parents):
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"output_dir: found the file '{folder}', expected a folder; choose another output_dir.")
+        made = [each for each in (folder, *folder.parents) if not each.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield folder
+    finally:
+        for each in made:
+            try:
+                each.rmdir()
+            except OSError:  # there is something in it by now
+                break
+
+
+def _open_lock(path, operation):
+    """The lock file, open and locked; None if another holds it and `operation` does not wait."""
+    while True:
+        with writing(path.parent, path):
+            file = path.open("a+b")
+        try:
+            fcntl.flock(file, operation)
         except BlockingIOError:
             file.close()
-            raise ValueError(
-                f"output_dir: found another process at work in '{path.parent}', expected none; wait for it or choose "
-                "another output_dir."
-            ) from None
+            return None
         # Its last holder may have removed it between the two calls above.
-        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            return file
+        try:
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        except FileNotFoundError:
+            pass
         file.close()
+
+
+@contextmanager
+def _unlocking(lock, path):
+    """Give the lock back after the block; who holds it alone removes its file."""
+    try:
+        yield
+    finally:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink(missing_ok=True)
+        except BlockingIOError:
+            pass
+        lock.close()
+
+
+def _remove_half_written(folder):
+    for pattern in (".*.tmp", "*/.*.tmp"):
+        for left in folder.glob(pattern):
+            left.unlink(missing_ok=True)
+
+
+def _taken(folder):
+    return ValueError(
+        f"output_dir: found another process at work in '{folder}', expected none; wait for it or choose another "
+        "output_dir."
+    )
 
 
 def holds_run(output_dir: str | os.PathLike, settings: dict, *, record: str = "metadata.json") -> bool:
