@@ -38,6 +38,7 @@ class ImageWeakened:
     kind: ClassVar[str] = "image_weakened"
     needs_model: ClassVar[bool] = True
     needs_images: ClassVar[bool] = True
+    needs_answer: ClassVar[bool] = False
 
     target: str = "features"
     steps: int | Sequence[int] = 500

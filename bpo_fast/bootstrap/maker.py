@@ -41,11 +41,13 @@ class Maker(Protocol):
         kind: its name, a key of `kinds.KINDS`; the `rejected_type` of its pairs.
         needs_model: the model is loaded for it. False for a kind that asks a server, or makes nothing.
         needs_images: it looks at the samples' images.
+        needs_answer: it makes the responses of the annotated answer, so that they are made again where that changes.
     """
 
     kind: str
     needs_model: bool
     needs_images: bool
+    needs_answer: bool
 
     def settings(self) -> dict[str, Any]:
         """All that decides what is made, beside the model's weights, as JSON: options, seed, template version, ...

@@ -26,6 +26,7 @@ class SelfGenerated:
     kind: ClassVar[str] = "self_generated"
     needs_model: ClassVar[bool] = True
     needs_images: ClassVar[bool] = True
+    needs_answer: ClassVar[bool] = False
 
     seed: int = 0
     decoding: GenerationSettings = field(default_factory=GenerationSettings)

@@ -17,6 +17,7 @@ class ChosenOnly:
     kind: ClassVar[str] = "sft"
     needs_model: ClassVar[bool] = False
     needs_images: ClassVar[bool] = False
+    needs_answer: ClassVar[bool] = False
 
     def settings(self) -> dict[str, Any]:
         return {}

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 from bpo_fast.runs.files import json_text, writing
@@ -25,6 +26,7 @@ class Journal:
 
     Attributes:
         records: key -> record, in the order of the file.
+        places: key -> where its line starts in the file, in bytes.
 
     Raises:
         ValueError: a line is not a record; the sentence names it.
@@ -41,25 +43,26 @@ class Journal:
     """
 
     def __init__(self, path: str | os.PathLike, fields: Mapping[str, type]):
-        self.records = {}
+        self.records, self.places = {}, {}
         self._path, self._fields = Path(path), {"key": str, **fields, "left": int}
         self._file, self._end = None, 0
         if self._path.exists():
             self._read()
 
     def _read(self):
-        position, batch = 0, {}
+        position, batch, places = 0, {}, {}
         with self._path.open("rb") as file:
             for number, line in enumerate(file, start=1):
-                position += len(line)
+                start, position = position, position + len(line)
                 if not line.endswith(b"\n") and _is_cut_off(line):
                     break
                 record = self._parse(line, number)
                 left = record.pop("left")
-                batch[record["key"]] = record
+                batch[record["key"]], places[record["key"]] = record, start
                 if not left:
                     self.records |= batch
-                    self._end, batch = position, {}
+                    self.places |= places
+                    self._end, batch, places = position, {}, {}
 
     def _parse(self, line, number):
         try:
@@ -81,11 +84,12 @@ class Journal:
             OSError: they cannot be written; the journal is as it was.
         """
         lefts = reversed(range(len(records)))
-        lines = (
-            json_text({"key": record["key"], **record, "left": left}) + "\n"
+        lines = [
+            (json_text({"key": record["key"], **record, "left": left}) + "\n").encode()
             for record, left in zip(records, lefts, strict=True)
-        )
-        data = memoryview("".join(lines).encode())
+        ]
+        starts = accumulate(map(len, lines), initial=self._end)
+        data = memoryview(b"".join(lines))
         with writing(self._path):
             if self._file is None:
                 self._file = self._path.open("ab", buffering=0)
@@ -100,6 +104,7 @@ class Journal:
                 raise
         self._end += len(data)
         self.records |= {record["key"]: record for record in records}
+        self.places |= {record["key"]: start for record, start in zip(records, starts, strict=False)}
 
     def __enter__(self):
         return self
