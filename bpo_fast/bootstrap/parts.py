@@ -1,4 +1,4 @@
-"""The parts that a run is cut into: fixed ranges of its samples, whatever the number of processes that work on them."""
+"""The parts that a run is cut into: fixed ranges of its samples, however many processes work on them."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
