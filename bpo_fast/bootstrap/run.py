@@ -15,9 +15,10 @@ from datasets import Dataset
 from bpo_fast.answers.batches import respond
 from bpo_fast.answers.generate import GenerationSettings, check_count, generate
 from bpo_fast.answers.given import GivenModel
-from bpo_fast.data.annotations import Skip, check_response, read_annotations
+from bpo_fast.data.annotations import Skip, read_annotations
 from bpo_fast.data.formats import preference_row
 from bpo_fast.data.pairs import METADATA_FILE, PAIRS_FILE, load_preference_dataset, write_pairs
+from bpo_fast.data.responses import check_response
 from bpo_fast.models.weaken import TARGETS, resolve_schedule, weaken
 from bpo_fast.ops.noise.schedule import NoiseSchedule
 from bpo_fast.runs.files import read_json, write_json, write_jsonl

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bpo_fast.data.images import image_path
+from bpo_fast.data.responses import check_response
 from bpo_fast.models.conversation import IMAGE_TAG, Messages
 from bpo_fast.runs.files import read_json
 from bpo_fast.runs.text import is_text, printable, shown
@@ -140,17 +141,6 @@ def read_annotations(
         first = f" (record {skipped[0].record} has {skipped[0].reason})" if skipped else ""
         raise ValueError(f"{name}: found no usable record among {len(records)}{first}, expected at least one.")
     return annotations, skipped
-
-
-def check_response(response: str, max_response_words: int | None) -> None:
-    """Raise ValueError with the reason if `response` is empty, holds an image's tag, or has too many words."""
-    if not response.strip():
-        raise ValueError("an empty response")
-    if IMAGE_TAG in response:
-        raise ValueError(f"{IMAGE_TAG} in the answer")
-    words = len(response.split())
-    if max_response_words is not None and words > max_response_words:
-        raise ValueError(f"a response of {words} words, over max_response_words={max_response_words}")
 
 
 def _parse(record: Any, max_response_words: int | None) -> tuple[str, str, str]:
