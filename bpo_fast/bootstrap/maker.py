@@ -25,6 +25,8 @@ class Made:
             errors); empty where there is one.
         chosen: the chosen response, where the kind picks its own; None takes the annotated answer.
         details: provenance of this one response, of JSON's plain types: `step`, `error`, `m3p_score`, ...
+        fault: why it gives no pair, "<name>: <reason>", counted by its name beside `filters.FILTERS`; empty where it
+            does. It is kept like any other, so that it is not made again.
     """
 
     rejected: str | None
@@ -32,6 +34,7 @@ class Made:
     variant: str = ""
     chosen: str | None = None
     details: Mapping[str, str | int | float | bool | None] = field(default_factory=dict)
+    fault: str = ""
 
 
 class Maker(Protocol):
