@@ -143,7 +143,8 @@ def test_a_wheel_from_the_sdist_is_complete(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     sources = [path for path in ROOT.glob("bpo_fast/**/*.py") if "__pycache__" not in path.parts]
-    data = [path for path in ROOT.glob("bpo_fast/demo/checkpoint/*") if path.is_file()]
+    folders = ("bpo_fast/demo/checkpoint", "bpo_fast/bootstrap/templates")
+    data = [path for folder in folders for path in (ROOT / folder).iterdir() if path.is_file()]
     expected = {str(path.relative_to(ROOT)) for path in [*sources, *data]}
     for pattern in ("kernels/*.py", "recipes/*.yaml"):
         expected |= {f"bpo_fast/{path.relative_to(ROOT)}" for path in ROOT.glob(pattern)}

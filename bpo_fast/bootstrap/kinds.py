@@ -1,8 +1,9 @@
 """The table of kinds of negatives. A kind is a module of this folder and its entry here."""
 
+from bpo_fast.bootstrap.error_injected import ErrorInjected
 from bpo_fast.bootstrap.image_weakened import ImageWeakened
 from bpo_fast.bootstrap.maker import Maker
 from bpo_fast.bootstrap.self_generated import SelfGenerated
 from bpo_fast.bootstrap.sft import ChosenOnly
 
-KINDS: dict[str, type[Maker]] = {kind.kind: kind for kind in (ImageWeakened, SelfGenerated, ChosenOnly)}
+KINDS: dict[str, type[Maker]] = {kind.kind: kind for kind in (ImageWeakened, ErrorInjected, SelfGenerated, ChosenOnly)}

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, get_peft_model
 from tiny_families import EXACT
-from tiny_models import SPECIAL
+from tiny_models import SPECIAL, make_llava, make_processor
 
 from bpo_fast.answers.generate import GenerationSettings, Response, generate_text
+from bpo_fast.models.load import load_model
 
 PROMPTS = ["w1 w2 w3 w4 w5", "w6", "w7 w8 w9"]
 
@@ -47,6 +49,15 @@ def test_an_adapter_answers_and_its_model_alone_otherwise(tiny_llava):
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
     expected = [Response(by_hand(adapted, processor, prompt, 5), True) for prompt in PROMPTS]
     assert generate_text(adapted, processor, PROMPTS, GenerationSettings(5)) == expected != plain
+
+
+def test_a_model_of_4_bits_answers(tmp_path):
+    saved = without_specials(make_llava(hidden_size=64, intermediate_size=64))  # blocks of 64 weights
+    saved.save_pretrained(tmp_path)
+    model, processor = load_model(tmp_path, device="cpu", dtype=torch.float32, quantization="nf4"), make_processor()
+    assert isinstance(model.model.language_model.layers[0].mlp.up_proj, Linear4bit)
+    expected = [Response(by_hand(model, processor, prompt, 5), True) for prompt in PROMPTS]
+    assert generate_text(model, processor, PROMPTS, GenerationSettings(5)) == expected
 
 
 def test_a_drawn_answer_depends_on_its_seed_alone(tiny_llava):
