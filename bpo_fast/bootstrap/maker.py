@@ -3,15 +3,16 @@
 A kind is a frozen dataclass whose fields are its options, checked when it is made, and its entry in `kinds.KINDS`.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from PIL import Image
 
-from bpo_fast.data.annotations import Annotation
+from bpo_fast.data.annotations import Annotation, draw
 from bpo_fast.ops.checks import is_int
+
+__all__ = ["Made", "Maker", "check_seed", "draw"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,17 +79,6 @@ class Maker(Protocol):
             samples: B samples.
             images: B decoded images, None each where `needs_images` is False.
         """
-
-
-def draw(seed: int, sample: Annotation, *salt: str | int) -> int:
-    """A number of 63 bits of seed, sample and `salt` alone: seeds of sampling, and uniform draws of samples.
-
-    >>> sample = Annotation(0, "a", "1.png", "What?", "A cat.")
-    >>> draw(0, sample) == draw(0, sample), draw(0, sample) == draw(0, sample, "count")
-    (True, False)
-    """
-    text = " ".join(map(str, (seed, sample.sample_id, *salt)))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
 def check_seed(seed: object) -> None:

@@ -1,14 +1,8 @@
-"""Annotated images: one (image, question, answer) a record.
+"""Annotated images: an (image, question, answer) a record, or several where a conversation is split.
 
-The file is a JSON list or JSON lines. A format is known by a key of its records:
-
-- LLaVA-Instruct, ShareGPT4V, LLaVAR: `conversations`, beside `id` and `image`.
-
-    {"id": "...", "image": "coco/1.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
-                                                            {"from": "gpt", "value": "A red circle."}]}
-
-  A record gives its first question and answer: later turns lean on earlier answers, and a preference pair is a single
-  question about a single image (BPO, arXiv 2403.08730, section 3).
+`bpo_fast.data.conversations` has the forms of records, `bpo_fast.data.sources` the files and tables that they lie in.
+A preference pair is a single question about a single image (BPO, arXiv 2403.08730, section 3): by default a record
+gives its first question and answer, since later turns lean on earlier answers.
 """
 
 import hashlib
@@ -18,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bpo_fast.data.images import image_path
-from bpo_fast.data.responses import check_response
+from bpo_fast.data.conversations import LLAVA, Columns, Unusable, exchanges
+from bpo_fast.data.images import Embedded, image_path
+from bpo_fast.data.responses import FAULTS
 from bpo_fast.models.conversation import IMAGE_TAG, Messages
-from bpo_fast.runs.files import read_json
+from bpo_fast.runs.json_records import JsonRecords
 from bpo_fast.runs.text import is_text, printable, shown
 
 
@@ -77,11 +72,32 @@ class Annotation:
 
 @dataclass(frozen=True, slots=True)
 class Skip:
-    """A record that was left out, and why."""
+    """A record, or a question of it, that was left out, and why.
+
+    Attributes:
+        record: number of the record in its file.
+        id: of the record, or of the question where a conversation is split.
+        reason: the fault of this one.
+        cause: a few words for all with this fault, for counting.
+        source: name of the data set, where there are several.
+    """
 
     record: int
     id: str
     reason: str
+    cause: str = ""
+    source: str = ""
+
+
+def draw(seed: int, sample: Annotation, *salt: str | int) -> int:
+    """A number of 63 bits of seed, sample and `salt` alone: seeds of sampling, and uniform draws of samples.
+
+    >>> sample = Annotation(0, "a", "1.png", "What?", "A cat.")
+    >>> draw(0, sample) == draw(0, sample), draw(0, sample) == draw(0, sample, "count")
+    (True, False)
+    """
+    text = " ".join(map(str, (seed, sample.sample_id, *salt)))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
 def read_annotations(
@@ -113,7 +129,7 @@ def read_annotations(
     >>> annotations[0].question, annotations[0].answer
     ('What is this?', 'A black square.')
     >>> skipped
-    [Skip(record=1, id='2', reason="no 'image' path")]
+    [Skip(record=1, id='2', reason="no 'image' path", cause="no 'image' path", source='')]
     """
     image_folder = Path(image_folder)
     if not image_folder.is_dir():
@@ -121,64 +137,110 @@ def read_annotations(
     if max_response_words is not None and max_response_words < 1:
         raise ValueError(f"max_response_words: found {max_response_words}, expected at least 1 or None.")
     name = "annotations" if isinstance(source, list) else source
-    records = source if isinstance(source, list) else read_json(source)
-    if not isinstance(records, list):
-        raise ValueError(f"{name}: found a {type(records).__name__}, expected a JSON list of records.")
+    records = source if isinstance(source, list) else (record for _, record in JsonRecords(source))
     annotations, skipped = [], []
     for number, record in enumerate(records):
-        record_id = _id_of(record, number)
-        try:
-            image, question, answer = _parse(record, max_response_words)
-            if not os.path.isfile(image_path(image_folder, image)):
-                raise ValueError(f"image {image} does not exist")
-            if not is_text(record_id):
-                raise ValueError(f"an id that no file takes, {shown(record_id)}")
-        except ValueError as reason:
-            skipped.append(Skip(number, printable(record_id)[:200], printable(str(reason))))
-        else:
-            annotations.append(Annotation(number, record_id, image, question, answer))
+        for found in read_record(record, number, image_folder, max_response_words=max_response_words):
+            (annotations if isinstance(found, Annotation) else skipped).append(found)
     if not annotations:
-        first = f" (record {skipped[0].record} has {skipped[0].reason})" if skipped else ""
-        raise ValueError(f"{name}: found no usable record among {len(records)}{first}, expected at least one.")
+        raise ValueError(f"{name}: {no_usable_record(len(skipped), skipped[0] if skipped else None)}")
     return annotations, skipped
 
 
-def _parse(record: Any, max_response_words: int | None) -> tuple[str, str, str]:
-    """Image path, question and answer of a record in any of the formats, or ValueError with what it has wrong."""
+def no_usable_record(count: int, first: Skip | None) -> str:
+    """The sentence about a file of `count` records of which none can be used."""
+    why = f" (record {first.record} has {first.reason})" if first else ""
+    return f"found no usable record among {count}{why}, expected at least one."
+
+
+def read_record(
+    record: Any,
+    number: int,
+    image_folder: str | os.PathLike | None,
+    *,
+    columns: Columns = LLAVA,
+    turns: str = "first",
+    max_response_words: int | None = None,
+    source: str = "",
+) -> list[Annotation | Skip]:
+    """The samples of a record, and what of it is left out.
+
+    Args:
+        record: an object of a file or a row of a table; anything else is left out.
+        number: of the record in its file, its id where it has none.
+        image_folder: folder that its image's path starts from; None where images are embedded.
+        columns: where it keeps what.
+        turns: what becomes of several questions, one of `conversations.TURNS`. The second question of a record "a"
+            that is split has the id "a#2".
+        max_response_words: a longer answer is left out.
+        source: name of the data set.
+
+    Returns:
+        An entry a question that is to become a sample; for a record that has none, the reason.
+    """
+    record_id = _id_of(record, number, columns)
+    try:
+        image, pairs = _parse(record, image_folder, columns, turns)
+        if not is_text(record_id):
+            raise Unusable("an id that no file takes", f"an id that no file takes, {shown(record_id)}")
+    except Unusable as error:
+        return [_skip(number, record_id, error, source)]
+    if turns == "keep":
+        wanted = [(record_id, len(pairs) - 1)]
+    else:
+        wanted = [(f"{record_id}#{turn + 1}" if turn else record_id, turn) for turn in range(len(pairs))]
+    found = []
+    for sample_id, turn in wanted:
+        history = tuple(pairs[:turn]) if turns == "keep" else ()
+        question, answer = pairs[turn]
+        try:
+            for earlier in history:
+                _check_exchange(*earlier, None)
+            _check_exchange(question, answer, max_response_words)
+        except Unusable as error:
+            found.append(_skip(number, sample_id, error, source))
+        else:
+            found.append(Annotation(number, sample_id, image, question, answer, history, source))
+    return found
+
+
+def _parse(record, image_folder, columns, turns):
+    """Image, and (question, answer) pairs; the image is there."""
     if not isinstance(record, dict):
-        raise ValueError(f"a {type(record).__name__} where an object is needed")
-    convert = next((convert for key, convert in _FORMATS.items() if key in record), None)
-    if convert is None:
-        raise ValueError(f"no {' or '.join(map(repr, _FORMATS))}, which tells its format")
-    image, question, answer = convert(record)
+        raise Unusable("no object", f"a {type(record).__name__} where an object is needed")
+    pairs = exchanges(record, columns, turns)
+    image = record.get(columns.image)
+    if isinstance(image, Embedded):
+        return str(image), pairs
     if not isinstance(image, str) or not image:
-        raise ValueError("no 'image' path")
+        raise Unusable(f"no {columns.image!r} path")
+    if image_folder is None:
+        raise Unusable("an image given by path, and no image_folder")
+    try:
+        path = image_path(image_folder, image)
+    except ValueError as error:
+        raise Unusable("an image path that cannot be followed", str(error)) from None
+    if not os.path.isfile(path):
+        raise Unusable("an image that does not exist", f"image {image} does not exist")
+    return image, pairs
+
+
+def _check_exchange(question, answer, max_response_words):
     if not question:
-        raise ValueError("an empty question")
-    check_response(answer, max_response_words)
+        raise Unusable("an empty question")
+    if IMAGE_TAG in question:
+        raise Unusable(f"{IMAGE_TAG} in a later question")
+    for name, find in FAULTS.items():
+        if reason := find(answer, max_response_words):
+            raise Unusable(f"response: {name}", reason)
     if not is_text(question + answer):
-        raise ValueError("half a surrogate pair in its text, which no file takes")
-    return image, question, answer
+        raise Unusable("half a surrogate pair in its text, which no file takes")
 
 
-def _id_of(record: Any, number: int) -> str:
-    found = record.get("id") if isinstance(record, dict) else None
+def _id_of(record, number, columns):
+    found = record.get(columns.id) if isinstance(record, dict) else None
     return str(number if found is None else found)
 
 
-def _from_llava(record):
-    turns = record["conversations"]
-    if not isinstance(turns, list) or len(turns) < 2:
-        raise ValueError("no 'conversations' of a question and an answer")
-    for turn, speaker in zip(turns[:2], ("human", "gpt"), strict=True):
-        if not isinstance(turn, dict) or turn.get("from") != speaker or not isinstance(turn.get("value"), str):
-            raise ValueError(f"no text from '{speaker}' where one is expected in the first two turns")
-    question, answer = turns[0]["value"], turns[1]["value"]
-    tags = question.count(IMAGE_TAG)
-    if tags != 1:
-        raise ValueError(f"{tags or 'no'} {IMAGE_TAG} in the first question where one is expected")
-    return record.get("image"), question.replace(IMAGE_TAG, "").strip(), answer.strip()
-
-
-# The key that tells a format -> image path, question and answer of a record; the texts without space around them.
-_FORMATS = {"conversations": _from_llava}
+def _skip(number, record_id, error, source):
+    return Skip(number, printable(record_id)[:200], printable(str(error)), error.cause, source)

@@ -36,7 +36,9 @@ class _UprightImage(Image):
     """datasets' image column, decoded as `read_image` does it."""
 
     def decode_example(self, value, token_per_repo_id=None):
-        if isinstance(value, dict) and value["bytes"] is None and value["path"] is not None:
+        if isinstance(value, dict) and value["bytes"] is not None:
+            return read_image(value["bytes"], value["path"] or "image")
+        if isinstance(value, dict) and value["path"] is not None:
             return read_image(value["path"])
         return upright_rgb(super().decode_example(value, token_per_repo_id))
 

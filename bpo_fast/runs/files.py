@@ -92,6 +92,19 @@ def write_jsonl(path: str | os.PathLike, records: Iterable[dict]) -> None:
             file.write(json_text(record) + "\n")
 
 
+def json_file(path: str | os.PathLike) -> Path:
+    """The path, of a file that is there.
+
+    Raises:
+        FileNotFoundError: it is not.
+    """
+    path = Path(path)
+    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
+        found = "a folder" if os.path.isdir(path) else "no such file"
+        raise FileNotFoundError(f"{path}: found {found}, expected a JSON file.")
+    return path
+
+
 def read_json(path: str | os.PathLike) -> Any:
     """Read a JSON file, or JSON lines as a list: a `.jsonl` file, or one of another name that holds several values.
 
@@ -102,10 +115,7 @@ def read_json(path: str | os.PathLike) -> Any:
         ValueError: it cannot be decoded, is not valid JSON (the sentence gives line and column), is nested too
             deeply, or an object in it has a key twice.
     """
-    path = Path(path)
-    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
-        found = "a folder" if os.path.isdir(path) else "no such file"
-        raise FileNotFoundError(f"{path}: found {found}, expected a JSON file.")
+    path = json_file(path)
     try:
         data = path.read_bytes()
         text = data.decode(json.detect_encoding(data))
@@ -121,7 +131,7 @@ def read_json(path: str | os.PathLike) -> Any:
     if not text.strip():
         raise ValueError(f"{path}: found an empty file, expected JSON.")
     try:
-        return _parse(text, path)
+        return parse_json(text, path)
     except _Fault as fault:
         first, _, rest = text.lstrip().partition("\n")
         if first.startswith("{") and rest.strip() and _is_json(first):
@@ -136,11 +146,11 @@ class _Fault(ValueError):
 def _read_lines(text, path):
     lines = text.split("\n")
     try:
-        values = [_parse(line, path, number) for number, line in enumerate(lines, start=1) if line.strip()]
+        values = [parse_json(line, path, number) for number, line in enumerate(lines, start=1) if line.strip()]
     except _Fault as fault:
         # A JSON list over several lines may be called .jsonl all the same.
         if text.lstrip().startswith("[") and _is_json(text):
-            return _parse(text, path)
+            return parse_json(text, path)
         raise ValueError(str(fault)) from None
     return values[0] if len(values) == 1 and isinstance(values[0], list) else values
 
@@ -153,10 +163,14 @@ def _is_json(text):
     return True
 
 
-def _parse(text, path, line=None):
-    """The value in the text, which is one line of a file where `line` says so."""
+def parse_json(text: str, path: str | os.PathLike, line: int | None = None) -> Any:
+    """The value in the text of a file, or in its line of that number.
+
+    Raises:
+        ValueError: as of `read_json`.
+    """
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        return json.loads(text, object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:
         where = f"line {line or error.lineno}, column {error.colno}"
         raise _Fault(f"{path}: found an error at {where} ({error.msg}), expected valid JSON.") from None
@@ -166,7 +180,8 @@ def _parse(text, path, line=None):
         raise _Fault(f"{path}: found an error{where} ({error}), expected valid JSON.") from None
 
 
-def _object(pairs):
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs, as `json`'s `object_pairs_hook`; ValueError where a key is there twice."""
     value = dict(pairs)
     if len(value) < len(pairs):
         keys = [key for key, _ in pairs]
