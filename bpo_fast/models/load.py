@@ -1,6 +1,7 @@
 """Load a vision-language model, its adapter and its processor."""
 
 import re
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from bpo_fast.models.weights import (
 )
 
 # Of a processor: what is read before its classes are chosen, and may name code of its own.
-_PROCESSOR_CONFIGS = (
+PROCESSOR_CONFIGS = (
     "processor_config.json",
     "preprocessor_config.json",
     "image_processor_config.json",
@@ -59,7 +60,7 @@ def load_processor(path: str | Path, *, trust_remote_code: bool = False) -> Proc
     folder = local_folder("processor", path)
     if folder is not None:
         _check_processor_files(folder, trust_remote_code)
-    with _loading("processor", path):
+    with loading("processor", path):
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
     if not (hasattr(processor, "tokenizer") and hasattr(processor, "image_processor")):
         raise ValueError(
@@ -136,9 +137,9 @@ def load_model(
         options["quantization_config"] = _nf4(path, dtype, trust_remote_code)
     # Before the model, which takes minutes.
     adapter_folder = None if adapter is None else _adapter_folder(adapter)
-    with _loading("model", path):
+    with loading("model", path):
         model, found = AutoModelForImageTextToText.from_pretrained(path, **options)
-    _check_tensors(model, found, path)
+    check_tensors(model, found, path)
     if adapter_folder is not None:
         model = _with_adapter(model, adapter_folder)
     return model.eval()
@@ -150,7 +151,7 @@ def _check_model(path: str | Path, trust_remote_code: bool) -> None:
         check_model_files(folder)
         refuse_remote_code([folder / MODEL_CONFIG], trust_remote_code=trust_remote_code)
         return
-    with _loading("model", path):
+    with loading("model", path):
         is_adapter = find_adapter_config_file(path) is not None
     if is_adapter:
         # transformers would put it on whatever model it names.
@@ -159,7 +160,7 @@ def _check_model(path: str | Path, trust_remote_code: bool) -> None:
 
 def _nf4(path: str | Path, dtype: str | torch.dtype, trust_remote_code: bool) -> BitsAndBytesConfig:
     """Four bits for the linears of the decoder's layers. The vision part is small and makes the features: it stays."""
-    with _loading("model", path), torch.device("meta"):
+    with loading("model", path), torch.device("meta"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
     decoder = model.get_decoder()
@@ -182,25 +183,34 @@ def _nf4(path: str | Path, dtype: str | torch.dtype, trust_remote_code: bool) ->
 
 
 def _is_float16(path: str | Path) -> bool:
-    with _loading("model", path):
+    with loading("model", path):
         config, _ = PreTrainedConfig.get_config_dict(path)
     return str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.") == "float16"
 
 
-def _check_tensors(model: PreTrainedModel, found: dict, path: str | Path) -> None:
-    """Refuse a checkpoint that left a tensor of the model as it was initialised, or has a layer too many."""
+def check_tensors(model: PreTrainedModel, found: dict, path: str | Path, what: str = "model") -> None:
+    """Refuse a checkpoint that left a tensor of the model as it was initialised, or has a layer too many.
+
+    Args:
+        model: as it was loaded from `path`.
+        found: what `from_pretrained` says of the loading, with its `output_loading_info`.
+        path: begins with `what` the sentence of an error.
+
+    Raises:
+        ValueError: with the first tensors' names.
+    """
     missing = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
     if missing:
         raise ValueError(
-            f"model: found {len(missing)} tensors missing or of another shape in '{path}' ({', '.join(missing[:3])}), "
-            "expected every one of the model's; its weights and config.json do not belong together, copy or download "
+            f"{what}: found {len(missing)} tensors missing or of another shape in '{path}' "
+            f"({', '.join(missing[:3])}), expected every one of the model's; its weights and config.json do not belong together, copy or download "
             "both again."
         )
     places = {_without_numbers(name) for name, _ in model.named_parameters()}
     left = sorted(key for key in found["unexpected_keys"] if _without_numbers(key) in places)
     if left:
         raise ValueError(
-            f"model: found {len(left)} tensors in '{path}' without a place in the model ({', '.join(left[:3])}), "
+            f"{what}: found {len(left)} tensors in '{path}' without a place in the model ({', '.join(left[:3])}), "
             "expected as many layers as config.json says; its weights and config.json do not belong together."
         )
 
@@ -213,21 +223,21 @@ def _adapter_folder(adapter: str | Path) -> Path:
     """The folder of an adapter, checked; that of an id is its snapshot on this machine, without pickles."""
     folder = local_folder("adapter", adapter)
     if folder is None:
-        with _loading("adapter", adapter):
+        with loading("adapter", adapter):
             folder = Path(snapshot_download(str(adapter), allow_patterns=[ADAPTER_CONFIG, ADAPTER_WEIGHTS]))
     check_adapter_files(folder)
     return folder
 
 
 def _with_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
-    with _loading("adapter", folder):
+    with loading("adapter", folder):
         config = PeftConfig.from_pretrained(folder)
     if config.is_prompt_learning:
         raise ValueError(
             f"adapter: found {config.peft_type.value} in '{folder}', expected an adapter of weights, e.g. LoRA, since "
             "images and text are embedded without it here."
         )
-    with _loading("adapter", folder):
+    with loading("adapter", folder):
         model = PeftModel.from_pretrained(model, folder)
         # PEFT only warns of tensors that it finds no place for, and of places without a tensor.
         (name,) = model.peft_config
@@ -245,7 +255,7 @@ def _check_processor_files(folder: Path, trust_remote_code: bool) -> None:
     # Training saves a processor beside its adapter; other adapters come without.
     if (folder / ADAPTER_CONFIG).is_file() and not (folder / "tokenizer_config.json").is_file():
         raise found_an_adapter(folder)
-    configs = [folder / name for name in _PROCESSOR_CONFIGS]
+    configs = [folder / name for name in PROCESSOR_CONFIGS]
     if (folder / ADAPTER_CONFIG).is_file() and not any(map(Path.is_file, configs)):
         raise found_an_adapter(folder)
     refuse_remote_code(configs, trust_remote_code=trust_remote_code)
@@ -255,8 +265,13 @@ def _check_processor_files(folder: Path, trust_remote_code: bool) -> None:
 
 
 @contextmanager
-def _loading(what: str, path: str | Path):
-    """One sentence for whatever the libraries below raise of files that they cannot use."""
+def loading(what: str, path: str | Path) -> Iterator[None]:
+    """One sentence for whatever the libraries below raise of files that they cannot use.
+
+    Args:
+        what: begins the sentence.
+        path: of the files.
+    """
     try:
         yield
     # What this machine lacks, memory or a package, is not the files' fault.

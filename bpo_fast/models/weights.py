@@ -109,8 +109,12 @@ def refuse_remote_code(files: Iterable[Path], *, trust_remote_code: bool) -> Non
             )
 
 
-def check_model_files(folder: Path) -> None:
+def check_model_files(folder: Path, what: str = "model") -> None:
     """Refuse a folder whose weights are missing, pickled, cut off or garbage.
+
+    Args:
+        folder: of a model.
+        what: begins the sentence of an error.
 
     Raises:
         ValueError: with the file's name.
@@ -118,10 +122,10 @@ def check_model_files(folder: Path) -> None:
     if (folder / ADAPTER_CONFIG).exists():
         raise found_an_adapter(folder)
     if not (folder / MODEL_CONFIG).is_file():
-        raise ValueError(f"model: found no {MODEL_CONFIG} in '{folder}', expected a folder of save_pretrained.")
+        raise ValueError(f"{what}: found no {MODEL_CONFIG} in '{folder}', expected a folder of save_pretrained.")
     files = _model_weights(folder)
     if not files:
-        raise _no_weights("model", folder, _MODEL_WEIGHTS)
+        raise _no_weights(what, folder, _MODEL_WEIGHTS)
     for file in files:
         _read_header(file)
 
