@@ -203,8 +203,8 @@ def check_tensors(model: PreTrainedModel, found: dict, path: str | Path, what: s
     if missing:
         raise ValueError(
             f"{what}: found {len(missing)} tensors missing or of another shape in '{path}' "
-            f"({', '.join(missing[:3])}), expected every one of the model's; its weights and config.json do not belong together, copy or download "
-            "both again."
+            f"({', '.join(missing[:3])}), expected every one of the model's; its weights and config.json do not "
+            "belong together, copy or download both again."
         )
     places = {_without_numbers(name) for name, _ in model.named_parameters()}
     left = sorted(key for key in found["unexpected_keys"] if _without_numbers(key) in places)
