@@ -102,7 +102,7 @@ class ErrorInjected:
     def make(
         self, model: Any, processor: Any, samples: Sequence[Annotation], images: Sequence[Image.Image | None]
     ) -> list[list[Made]]:
-        """See `Maker.make`: each sample's responses in the order of `errors`. One that failed is an empty text."""
+        """See `Maker.make`: each sample's responses in the order of `errors`, a failed one among them."""
         errors = [self.errors_of(sample) for sample in samples]
         made = [[] for _ in samples]
         # By place in `errors`, so that a batch on the device has as many prompts as there are samples.
@@ -131,7 +131,7 @@ class ErrorInjected:
 
     def _made(self, error, sample, reply):
         text = self._template.keep(error, sample.answer, reply.text)
+        fault = "" if text else f"not_rewritten: a reply without a modified response, {shown(reply.text)}"
+        variant = error if len(self.errors) > 1 else ""
         details = {"error": error, "template_version": self._template.version}
-        if not text:
-            details["reply"] = shown(reply.text)
-        return Made(text, reply.truncated, variant=error if len(self.errors) > 1 else "", details=details)
+        return Made(text, reply.truncated, variant, details=details, fault=fault)

@@ -70,13 +70,14 @@ def test_the_kinds_of_mixed_errors_are_drawn_evenly_and_never_twice():
     assert drawn != [ErrorInjected(errors=maker.errors, seed=1).errors_of(sample) for sample in samples]
 
 
-def test_a_failed_reply_is_an_empty_text_and_is_kept(tiny_llava, monkeypatch):
+def test_a_failed_reply_is_kept_with_its_fault(tiny_llava, monkeypatch):
     replies = ["Two cats.", "", "Five people are waiting at the bus stop.", '"Three cats."']
     answered = [Response(reply, False) for reply in replies]
     monkeypatch.setattr(error_injected, "generate_text", lambda *_, **__: answered)
     made = ErrorInjected(errors="count").make(*tiny_llava, SAMPLES, NO_IMAGES)
     assert [response.rejected for (response,) in made] == ["Two cats.", "", "", "Three cats."]
-    assert [response.details.get("reply") for (response,) in made] == [None, "''", f"'{replies[2]}'", None]
+    reason = "not_rewritten: a reply without a modified response, "
+    assert [response.fault for (response,) in made] == ["", f"{reason}''", f"{reason}'{replies[2]}'", ""]
     assert {response.variant for (response,) in made} == {""}
 
 
