@@ -54,6 +54,35 @@ def bootstrap(argv: Sequence[str]) -> None:
 
 @interruptible()
 @quiet()
+def browse(argv: Sequence[str]) -> None:
+    """Write preference pairs as a page to look at: offline, searched and sorted in a browser."""
+    from bpo_fast.cli.options import BrowseArguments
+    from bpo_fast.cli.recipe import parse_arguments
+
+    if argv and not argv[0].startswith("-"):
+        argv = ["--dataset", *argv]
+    (arguments,) = parse_arguments([BrowseArguments], argv, command="browse", description=browse.__doc__)
+    from bpo_fast.data.pairs import count_skipped, load_preference_dataset, undecoded_rows
+    from bpo_fast.report.browse import write_browser
+
+    dataset = load_preference_dataset(arguments.dataset, image_folder=arguments.image_folder)
+    options = _without(asdict(arguments), "dataset", "image_folder")
+    counts = write_browser(
+        undecoded_rows(dataset),
+        name=arguments.dataset,
+        total=len(dataset),
+        left_out=count_skipped(arguments.dataset),
+        **options,
+    )
+    unreadable = f", {counts['unreadable']:,} of which cannot be shown" if counts["unreadable"] else ""
+    print(
+        f"{counts['pairs']:,} pairs with {counts['images']:,} images{unreadable}. Next: open "
+        f"{Path(arguments.output_dir, 'index.html')} in a browser"
+    )
+
+
+@interruptible()
+@quiet()
 def train(argv: Sequence[str]) -> None:
     """Train an adapter on preference pairs, or on their chosen answers with --loss_type sft."""
     from bpo_fast.cli.help import train_groups
@@ -232,7 +261,7 @@ def doctor(argv: Sequence[str]) -> int:
     return run()
 
 
-COMMANDS = {command.__name__: command for command in (bootstrap, plan, train, evaluate, merge, demo, doctor)}
+COMMANDS = {command.__name__: command for command in (bootstrap, browse, plan, train, evaluate, merge, demo, doctor)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

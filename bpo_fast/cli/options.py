@@ -235,3 +235,23 @@ class MergeArguments(ModelArguments):
 
     adapter: str = _option("LoRA adapter that bpo-fast train wrote.")
     output_dir: str = _output_dir("merge", "Output folder for the model with the adapter in its weights.")
+
+
+@dataclass(kw_only=True)
+class BrowseArguments:
+    """Options of `bpo-fast browse`."""
+
+    NUMBERS: ClassVar[dict[str, Range]] = {
+        "thumbnail_size": Range("a whole number from 32 to 4096", lambda x: 32 <= x <= 4096)
+    }
+
+    dataset: str = _option("Preference pairs, as train takes them; may stand right behind the command.")
+    image_folder: str | None = _option(
+        "Folder that image paths are relative to; by default the one that the pairs name.", default=None
+    )
+    output_dir: str = _output_dir("browse", "Output folder for the page, which is written anew each time.")
+    thumbnail_size: int = _option("Pixels of the longer side of a thumbnail.", default=320)
+    link_images: bool = _option("Show image files where they lie, in place of thumbnails.", default=False)
+
+    def __post_init__(self):
+        check_numbers(self, self.NUMBERS)

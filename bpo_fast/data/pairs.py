@@ -12,7 +12,8 @@ A line of `pairs.jsonl` has TRL's conversational columns, its images given by pa
 """
 
 import os
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from bpo_fast.runs.text import shown
 
 PAIRS_FILE = "pairs.jsonl"
 METADATA_FILE = "metadata.json"
+SKIPPED_FILE = "skipped.jsonl"
 COLUMNS = ("images", "prompt", "chosen", "rejected")
 
 
@@ -130,12 +132,23 @@ def dataset_fingerprint(dataset: Dataset) -> str:
     names = [name for name in made_of if name in dataset.column_names]
 
     def rows():
-        for table in dataset.select_columns(names).with_format("arrow").iter(batch_size=1000):
-            for row in table.to_pylist():
-                images = [row.pop(name) for name in ("images", "image") if name in row]
-                yield [row, [list(map(_image_mark, each if isinstance(each, list) else [each])) for each in images]]
+        for row in undecoded_rows(dataset.select_columns(names)):
+            images = [row.pop(name) for name in ("images", "image") if name in row]
+            yield [row, [list(map(_image_mark, each if isinstance(each, list) else [each])) for each in images]]
 
     return fingerprint(rows())
+
+
+def count_skipped(path: str | os.PathLike) -> Counter:
+    """Why records gave no pair -> how many, of a folder that `bpo-fast bootstrap` wrote; nothing of other pairs."""
+    file = Path(path) / SKIPPED_FILE
+    return Counter(skip.get("cause") or skip["reason"] for skip in read_json(file)) if file.is_file() else Counter()
+
+
+def undecoded_rows(dataset: Dataset) -> Iterator[dict]:
+    """The rows of a data set, few at a time, with each image as {bytes, path}: its file is not read."""
+    for table in dataset.with_format("arrow").iter(batch_size=100):
+        yield from table.to_pylist()
 
 
 def _image_mark(image):

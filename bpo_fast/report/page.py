@@ -14,35 +14,42 @@ _BREAKPOINT = 760  # a page narrower than this shows the narrow charts
 
 # No text is smaller than 12 pixels, 0.75rem. What can be wider than a phone scrolls in its own box.
 STYLE = """
-:root { color: #22303c; background: #f4f6f8; font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+:root {
+  --ink: #22303c; --text: #43525e; --muted: #5b6873; --ground: #f4f6f8; --card: #fff; --rule: #e3e8ec;
+  --bad: #9c2f2a; --bad-ground: #fbe1df;
+  color: var(--ink); background: var(--ground);
+  font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
+}
 * { box-sizing: border-box; }
 body { margin: 0; }
 main { max-width: 980px; margin: 0 auto; padding: 3rem 1.25rem 4rem; }
 h1 { font-size: clamp(1.6rem, 4.5vw, 2.3rem); line-height: 1.2; letter-spacing: -0.02em; margin: 0 0 0.6rem; }
 h2 { font-size: 1.2rem; letter-spacing: -0.01em; margin: 0 0 0.4rem; }
-p { margin: 0 0 1rem; max-width: 68ch; color: #43525e; }
-section { background: #fff; border: 1px solid #e3e8ec; border-radius: 14px; padding: 1.5rem; margin-top: 1.25rem; }
+p { margin: 0 0 1rem; max-width: 68ch; color: var(--text); }
+section {
+  background: var(--card); border: 1px solid var(--rule); border-radius: 14px; padding: 1.5rem; margin-top: 1.25rem;
+}
 .charts { display: flex; flex-wrap: wrap; gap: 1.25rem 1rem; }
 figure { margin: 0; max-width: 100%; }
 figcaption { font-size: 0.95rem; font-weight: 600; margin-bottom: 0.4rem; }
 .scroll { overflow-x: auto; }
 .scroll img { display: block; max-width: 100%; height: auto; }
 .numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 1rem; }
-.number { background: #fff; border: 1px solid #e3e8ec; border-radius: 14px; padding: 1.1rem 1.3rem; }
+.number { background: var(--card); border: 1px solid var(--rule); border-radius: 14px; padding: 1.1rem 1.3rem; }
 .number b { display: block; font-size: 2.1rem; line-height: 1.2; letter-spacing: -0.03em; }
-.number span { color: #5b6873; font-size: 0.9rem; }
+.number span { color: var(--muted); font-size: 0.9rem; }
 .samples { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: 1.25rem; }
 .sample { display: grid; grid-template-columns: 96px 1fr; gap: 1rem; align-items: start; }
-.sample img { width: 96px; border-radius: 10px; border: 1px solid #e3e8ec; }
+.sample img { width: 96px; border-radius: 10px; border: 1px solid var(--rule); }
 .sample dl { margin: 0; font-size: 0.9rem; line-height: 1.45; }
-.sample dt { color: #5b6873; font-size: 0.8rem; }
+.sample dt { color: var(--muted); font-size: 0.8rem; }
 .sample dd { margin: 0 0 0.5rem; }
-mark { background: #fbe1df; color: #9c2f2a; border-radius: 4px; padding: 0 0.2em; }
+mark { background: var(--bad-ground); color: var(--bad); border-radius: 4px; padding: 0 0.2em; }
 table { border-collapse: collapse; width: 100%; font-size: 0.9rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: 0.4rem 0.6rem; border-bottom: 1px solid #e9edf0; }
+th, td { text-align: right; padding: 0.4rem 0.6rem; border-bottom: 1px solid var(--rule); }
 td { white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; white-space: normal; width: 50%; }
-th { font-weight: 600; color: #5b6873; vertical-align: bottom; }
+th { font-weight: 600; color: var(--muted); vertical-align: bottom; }
 @media (max-width: 640px) {
   main { padding: 1.5rem 0.75rem 2rem; }
   section { padding: 1rem; }
@@ -51,12 +58,12 @@ th { font-weight: 600; color: #5b6873; vertical-align: bottom; }
 """
 
 
-def page(title: str, intro: str, content: Iterable[str]) -> str:
-    """The whole page: a heading, a paragraph, and parts as the functions below make them."""
+def page(title: str, intro: str, content: Iterable[str], *, head_html: str = "") -> str:
+    """The whole page: a heading, a paragraph, and parts as the functions below make them; `head_html` after STYLE."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
-        f"<style>{STYLE}</style></head><body><main><h1>{escape(title)}</h1><p>{escape(intro)}</p>"
+        f"<style>{STYLE}</style>{head_html}</head><body><main><h1>{escape(title)}</h1><p>{escape(intro)}</p>"
         f"{''.join(content)}</main></body></html>\n"
     )
 
