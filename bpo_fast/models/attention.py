@@ -20,6 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from bpo_fast.models.flash import choose_backend, flash_attention
+from bpo_fast.models.last_layer import in_place_of_all, last_layer_of
 from bpo_fast.models.packing import Packing
 from bpo_fast.ops.gather_rows import gather_rows
 from bpo_fast.ops.precision import autocast_dtype
@@ -60,8 +61,10 @@ def counted_attention() -> Iterator[AttentionCalls]:
         _CALLS.reset(token)
 
 
-def _sdpa_segments(query, key, value, packing, scaling):
-    """query [1, heads, S, D], key and value [1, kv_heads, S, D] -> [1, heads, S, D], segment by segment.
+def _sdpa_segments(query, key, value, packing, scaling, lengths):
+    """query [1, heads, T, D], key and value [1, kv_heads, S, D] -> [1, heads, T, D], segment by segment.
+
+    The queries of a segment, as many as `lengths` says, are at the end of its keys.
 
     The keys are cut by `split`, whose backward is one concatenation; each slice would write a gradient of the whole
     sequence.
@@ -69,23 +72,23 @@ def _sdpa_segments(query, key, value, packing, scaling):
     groups = list(zip(packing.prefix_lengths, packing.branch_lengths, strict=True))
     pieces = [n for p, b in groups for n in (p, *b)]
     keys, values = key.split(pieces, dim=2), value.split(pieces, dim=2)
-    segments = [n for p, b in groups for n in (p + b[0], *b[1:])]
-    queries = iter(query.split(segments, dim=2))
+    queries = iter(query.split(lengths, dim=2))
     grouped = query.shape[1] != key.shape[1]
     outputs, piece = [], 0
     for branches in packing.branch_lengths:
         prefix = piece
-        for number, length in enumerate(branches):
+        for _ in branches:
             piece += 1
+            q = next(queries)
             k = torch.cat([keys[prefix], keys[piece]], dim=2)
             v = torch.cat([values[prefix], values[piece]], dim=2)
-            # The first segment has as many queries as keys; a later one has its queries at the end of its keys.
             mask = None
-            if number > 0:
-                mask = torch.ones(length, k.shape[2], dtype=torch.bool, device=k.device).tril(k.shape[2] - length)
+            if q.shape[2] < k.shape[2]:
+                mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=k.device)
+                mask = mask.tril(k.shape[2] - q.shape[2])
             outputs.append(
                 F.scaled_dot_product_attention(
-                    next(queries), k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+                    q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
                 )
             )
         piece += 1
@@ -100,6 +103,7 @@ def packed_attention(
     *,
     scaling: float | None = None,
     deterministic: bool = False,
+    only_tail: bool = False,
 ) -> Tensor:
     """Causal attention of one packed sequence: every branch sees its prefix and itself.
 
@@ -109,6 +113,7 @@ def packed_attention(
         packing: of the S tokens.
         scaling: factor of the scores, 1 / sqrt(D) by default.
         deterministic: have the same bits of the gradients in every run on a GPU too, for some time and memory.
+        only_tail: compute the queries of `packing.tail_rows` alone; the others' rows are 0.
 
     Returns:
         [1, S, heads, D], as transformers' attention functions give it; under autocast in its dtype.
@@ -131,15 +136,21 @@ def packed_attention(
     # Under autocast rotary angles make queries and keys float32 beside 16-bit values.
     query, key, value = (x.to(autocast_dtype(x)) for x in (query, key, value))
     backend, _ = choose_backend(query.device, query.dtype, query.shape[-1], deterministic)
+    lengths = packing.segment_lengths(in_tail=only_tail)
+    if only_tail:
+        query = query.index_select(2, packing.tail_rows)
     if backend == "sdpa":
         # SDPA's fused kernels add up by atomics on a GPU; plain products do not.
         plain = deterministic and query.is_cuda
         with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
-            return _sdpa_segments(query, key, value, packing, scaling).transpose(1, 2)
-    query, key, value = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-    key, value = (gather_rows(x, packing.kv_index, packing.kv_rounds) for x in (key, value))
-    bounds = (packing.cu_seqlens_q, packing.cu_seqlens_k, packing.max_seqlen_q, packing.max_seqlen_k)
-    return flash_attention(backend, query, key, value, bounds, scaling=scaling, deterministic=deterministic)[None]
+            out = _sdpa_segments(query, key, value, packing, scaling, lengths).transpose(1, 2)
+    else:
+        query, key, value = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
+        key, value = (gather_rows(x, packing.kv_index, packing.kv_rounds) for x in (key, value))
+        cu_seqlens_q = packing.cu_seqlens_tail if only_tail else packing.cu_seqlens_q
+        bounds = (cu_seqlens_q, packing.cu_seqlens_k, max(lengths), packing.max_seqlen_k)
+        out = flash_attention(backend, query, key, value, bounds, scaling=scaling, deterministic=deterministic)[None]
+    return in_place_of_all(out, packing.tail_rows, length) if only_tail else out
 
 
 def check_reach(name: str, reach: int | None, packing: Packing) -> None:
@@ -180,6 +191,9 @@ def packed_attention_forward(
         calls.unpacked += packing is None
         tensors = (name for name, value in kwargs.items() if isinstance(value, Tensor))
         calls.ignored.update(name for name in tensors if name not in _POSITIONS)
+    last = last_layer_of(module)
+    if last is not None:
+        last.packing = packing
     if packing is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
@@ -195,8 +209,8 @@ def packed_attention_forward(
             f"softcap: found {kwargs['softcap']} on the attention scores, expected None; packed attention does not "
             "compute capped scores."
         )
-    deterministic = deterministic_attention
-    return packed_attention(query, key, value, packing, scaling=scaling, deterministic=deterministic), None
+    options = {"scaling": scaling, "deterministic": deterministic_attention, "only_tail": last is not None}
+    return packed_attention(query, key, value, packing, **options), None
 
 
 AttentionInterface.register(ATTENTION_NAME, packed_attention_forward)

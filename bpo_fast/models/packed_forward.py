@@ -22,6 +22,7 @@ from transformers.utils import ModelOutput
 
 from bpo_fast.models.attention import ATTENTION_NAME, AttentionCalls, check_reach, counted_attention
 from bpo_fast.models.families import ATTENTION_REACHES, LOGIT_SCALES, ROTARY_REACHES
+from bpo_fast.models.last_layer import cut_last_layer
 from bpo_fast.models.load import base_model
 from bpo_fast.models.packing import Packing
 from bpo_fast.ops.gather_rows import gather_rows
@@ -206,6 +207,7 @@ def enable_packed_forward(model: PreTrainedModel) -> None:
                 f"model: found {type(model).__name__} with logits scaled by its config's {name}, expected unscaled "
                 "logits; use a family that docs/models.md lists."
             )
+    cut_last_layer(decoder)
     if hasattr(model, "_unpacked_forward"):
         return
     model._unpacked_forward = model.forward

@@ -60,6 +60,9 @@ class Packing:
         cu_seqlens_k: int32 [C + 1], bounds of the segments in `kv_index`.
         kv_rounds: int64 tensors that part the positions of `kv_index` so that within one a position occurs once at
             most: round k holds the k-th segment of every group; see `ops.gather_rows`.
+        tail_rows: int64 [T], the positions that a last layer's outputs are needed of: of each group the prefix's end
+            and all that comes behind it. They are the last queries of their segments.
+        cu_seqlens_tail: int32 [C + 1], bounds of the segments in `tail_rows`.
         logit_rows: int64 [N], the position whose hidden state predicts each response token.
         logit_rounds: int64 tensors that part the positions of `logit_rows` in the same way, by branch number.
         targets: int64 [N], the response tokens, branch after branch.
@@ -76,6 +79,8 @@ class Packing:
     cu_seqlens_q: torch.Tensor
     cu_seqlens_k: torch.Tensor
     kv_rounds: tuple[torch.Tensor, ...]
+    tail_rows: torch.Tensor
+    cu_seqlens_tail: torch.Tensor
     logit_rows: torch.Tensor
     logit_rounds: tuple[torch.Tensor, ...]
     targets: torch.Tensor
@@ -97,9 +102,15 @@ class Packing:
     @property
     def max_seqlen_q(self) -> int:
         """Queries of the longest segment."""
-        firsts = (p + b[0] for p, b in zip(self.prefix_lengths, self.branch_lengths, strict=True))
-        rest = (length for b in self.branch_lengths for length in b[1:])
-        return max(*firsts, *rest, 0)
+        return max(self.segment_lengths())
+
+    def segment_lengths(self, *, in_tail: bool = False) -> list[int]:
+        """Queries of each segment, of all or of those in `tail_rows`."""
+        return [
+            (1 if in_tail else prefix) + length if number == 0 else length
+            for prefix, branches in zip(self.prefix_lengths, self.branch_lengths, strict=True)
+            for number, length in enumerate(branches)
+        ]
 
     @property
     def max_seqlen_k(self) -> int:
@@ -152,7 +163,7 @@ def pack(groups: Sequence[Group]) -> Packing:
     if len(groups) == 0:
         raise ValueError("groups: found none, expected at least one group to pack.")
     input_ids, position_ids, kv_index, cu_seqlens_q, cu_seqlens_k = [], [], [], [0], [0]
-    logit_rows, targets, branch_index, branch_offset = [], [], [], []
+    tail_rows, cu_seqlens_tail, logit_rows, targets, branch_index, branch_offset = [], [0], [], [], [], []
     most_branches = max(len(group.branches) for group in groups)
     kv_rounds: list[list[int]] = [[] for _ in range(most_branches)]
     logit_rounds: list[list[int]] = [[] for _ in range(most_branches)]
@@ -174,6 +185,8 @@ def pack(groups: Sequence[Group]) -> Packing:
             branch_offset.extend(range(length))
             cu_seqlens_q.append(len(input_ids))
             cu_seqlens_k.append(len(kv_index))
+            tail_rows.extend(range(len(input_ids) - length - (number == 0), len(input_ids)))
+            cu_seqlens_tail.append(len(tail_rows))
     return Packing(
         input_ids=torch.tensor(input_ids),
         position_ids=torch.tensor(position_ids),
@@ -181,6 +194,8 @@ def pack(groups: Sequence[Group]) -> Packing:
         cu_seqlens_q=torch.tensor(cu_seqlens_q, dtype=torch.int32),
         cu_seqlens_k=torch.tensor(cu_seqlens_k, dtype=torch.int32),
         kv_rounds=tuple(torch.tensor(positions) for positions in kv_rounds),
+        tail_rows=torch.tensor(tail_rows),
+        cu_seqlens_tail=torch.tensor(cu_seqlens_tail, dtype=torch.int32),
         logit_rows=torch.tensor(logit_rows),
         logit_rounds=tuple(torch.tensor(positions) for positions in logit_rounds),
         targets=torch.tensor(targets),

@@ -18,6 +18,8 @@ def test_two_groups_by_hand():
     assert packing.cu_seqlens_q.tolist() == [0, 3, 5, 9]
     assert packing.cu_seqlens_k.tolist() == [0, 3, 7, 11]
     assert packing.kv_index.tolist() == [0, 1, 2, 0, 1, 3, 4, 5, 6, 7, 8]
+    assert packing.tail_rows.tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert packing.cu_seqlens_tail.tolist() == [0, 2, 4, 8]
     assert packing.logit_rows.tolist() == [1, 1, 3, 5, 6, 7]
     assert packing.targets.tolist() == [20, 30, 31, 40, 41, 42]
     assert packing.branch_index.tolist() == [0, 1, 1, 2, 2, 2]
@@ -38,6 +40,12 @@ def test_every_segment_reads_as_its_own_sequence(groups):
     queries = torch.arange(len(packing.input_ids)).tensor_split(packing.cu_seqlens_q[1:-1].long())
     for rows, seen in zip(queries, keys, strict=True):
         assert seen[-len(rows) :].tolist() == rows.tolist()
+    # So do those of a last layer, which are all that the head reads.
+    tails = packing.tail_rows.tensor_split(packing.cu_seqlens_tail[1:-1].long())
+    for rows, tail in zip(queries, tails, strict=True):
+        assert rows[-len(tail) :].tolist() == tail.tolist()
+    assert set(packing.logit_rows.tolist()) <= set(packing.tail_rows.tolist())
+    assert [len(tail) for tail in tails] == packing.segment_lengths(in_tail=True)
     assert packing.max_seqlen_q == max(map(len, queries))
     assert packing.max_seqlen_k == max(map(len, keys))
     assert len(packing.input_ids) == sum(map(len, groups))

@@ -269,4 +269,18 @@ MUTATIONS = [
         "",
         "tests/train/test_fused_training.py::test_no_base_of_4_bits_is_packed_for_inference_while_it_trains",
     ),
+    Mutation(
+        "a last layer that is cut by the packing of the call before",
+        "bpo_fast/models/last_layer.py",
+        "    layers[-1].register_forward_pre_hook(last.forget)\n",
+        "",
+        "tests/models/test_last_layer.py::test_an_mlp_before_the_attention_computes_for_all_rows",
+    ),
+    Mutation(
+        "a last layer whose tail begins behind the prefix",
+        "bpo_fast/models/packing.py",
+        "length - (number == 0), len(input_ids)))",
+        "length, len(input_ids)))",
+        "tests/models/test_packing.py::test_two_groups_by_hand",
+    ),
 ]
