@@ -169,7 +169,7 @@ class Server:
     def _told(self, error) -> Exception:
         """One sentence for an error of the client, without the requests in it, which hold the key."""
         status = getattr(error, "status_code", None)
-        said = printable(str(error))
+        said = printable(_said(error))
         if key := self._key():
             said = said.replace(key, "***")
         said = shown(said)
@@ -213,6 +213,14 @@ async def _check_body(response) -> None:
         raise DecodingError("an answer that is not whole", request=response.request)
 
 
+def _said(error) -> str:
+    """What the server says of an error, or the client."""
+    said = error.body
+    if isinstance(said, dict):
+        said = said.get("message") or said.get("detail") or said
+    return str(said or error)
+
+
 def _is_too_long(error) -> bool:
     """Whether a request is refused for the length of its prompt, which concerns that sample alone."""
-    return error.status_code == 413 or (error.status_code == 400 and "context" in str(error).lower())
+    return error.status_code == 413 or (error.status_code == 400 and "context" in _said(error).lower())
