@@ -1,11 +1,12 @@
 """What a description of a scene gets right: all of it, each attribute, and whether its sentences are whole.
 
 Hallucination rates look at the objects alone: an answer that breaks a sentence off or forgets the ground is as good
-there as a whole one. These figures count that too.
+there as a whole one. These figures count that too. And what two answers to one question say otherwise than each other.
 """
 
 import re
 from collections.abc import Sequence
+from itertools import zip_longest
 
 from bpo_fast.demo.world import COLORS, GROUNDS, NUMBERS, SHAPES, Scene, describe
 
@@ -32,15 +33,21 @@ def _objects(suffix=""):
 
 _ONE = rf"(?:a(?! [aeiou])|an(?= [aeiou])) {_objects()}"
 _SEVERAL = rf"{_one_of(NUMBERS[1:])} {_objects('s')}"
+_ON_THE_GROUND = rf"The ground is {_one_of(GROUNDS)}\."
 _DESCRIPTION = re.compile(
     rf"On the left there is {_ONE}\. "
     rf"On the right there (?:is {_ONE}|are {_SEVERAL})\. "
-    rf"The ground is {_one_of(GROUNDS)}\."
+    rf"{_ON_THE_GROUND}"
+)
+_SHORT_ANSWER = re.compile(
+    rf"There (?:is (?:{_ONE}|one)|are (?:{_SEVERAL}|{_one_of(NUMBERS[1:])}))\.|{_ON_THE_GROUND}"
 )
 # A word and what it means, by kind.
 _COLORS, _GROUNDS = ({word: word for word in words} for words in (COLORS, GROUNDS))
 _NUMBERS = {"a": 1, "an": 1} | {word: number for number, word in enumerate(NUMBERS, start=1)}
 _SHAPES = {shape + ending: shape for shape in SHAPES for ending in ("", "s")}
+# What an answer can be wrong about -> the words that say it, and what they mean. The ground is a thing that is there.
+_SAID = {"object": _SHAPES | _GROUNDS, "attribute": _COLORS, "count": _NUMBERS}
 
 
 def is_well_formed(answer: str) -> bool:
@@ -52,6 +59,28 @@ def is_well_formed(answer: str) -> bool:
     False
     """
     return _DESCRIPTION.fullmatch(answer) is not None
+
+
+def is_fluent(answer: str) -> bool:
+    """Whether an answer is one by the world's grammar, to any of its questions but yes/no ones.
+
+    >>> is_fluent("There are two blue stars."), is_fluent("There is two blue stars.")
+    (True, False)
+    """
+    return is_well_formed(answer) or _SHORT_ANSWER.fullmatch(answer) is not None
+
+
+def differences(answer: str, other: str) -> dict[str, int]:
+    """At how many places two answers to one question name another object, attribute or count; those above 0.
+
+    >>> differences("There are two blue squares.", "There are two red stars.")
+    {'object': 1, 'attribute': 1}
+    """
+    found = {}
+    for name, meanings in _SAID.items():
+        sides = ([meanings[word] for word in re.findall(r"\w+", text) if word in meanings] for text in (answer, other))
+        found[name] = sum(here != there for here, there in zip_longest(*sides))
+    return {name: count for name, count in found.items() if count}
 
 
 def grade(answer: str, scene: Scene) -> dict[str, bool]:

@@ -7,6 +7,7 @@ import base64
 import io
 import re
 from collections.abc import Callable, Iterable, Sequence
+from difflib import SequenceMatcher
 from html import escape
 
 NARROW = 300  # CSS pixels; the width of a chart on a phone
@@ -131,6 +132,18 @@ def marked(text: str, words: Iterable[str]) -> str:
         return escape(text)
     parts = re.split(rf"\b({'|'.join(longest_first)})\b", text, flags=re.IGNORECASE)
     return "".join(f"<mark>{escape(part)}</mark>" if number % 2 else escape(part) for number, part in enumerate(parts))
+
+
+def marked_differences(text: str, other: str) -> str:
+    """`text` as HTML, with the words marked that `other` has not at that place.
+
+    >>> marked_differences("There are two red stars.", "There are three stars.")
+    'There are <mark>two red</mark> stars.'
+    """
+    words = text.split()
+    blocks = SequenceMatcher(None, other.split(), words, autojunk=False).get_opcodes()
+    runs = [(escape(" ".join(words[start:end])), same == "equal") for same, _, _, start, end in blocks if end > start]
+    return " ".join(run if same else f"<mark>{run}</mark>" for run, same in runs)
 
 
 def _png(figure) -> bytes:

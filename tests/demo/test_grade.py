@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from bpo_fast.demo import world
-from bpo_fast.demo.grade import GRADES, grade, grade_descriptions, is_well_formed
+from bpo_fast.demo.grade import GRADES, differences, grade, grade_descriptions, is_fluent, is_well_formed
 
 SCENE = world.Scene(world.Object("red", "circle"), world.Object("orange", "star"), 3, "snow", layout_seed=0)
 TRUE = "On the left there is a red circle. On the right there are three orange stars. The ground is snow."
@@ -96,3 +96,37 @@ def test_rates_are_shares_of_the_answers():
 def test_an_answer_to_each_scene_is_expected(answers):
     with pytest.raises(ValueError, match=rf"answers: found {len(answers)} to 2 scenes, expected one to each"):
         grade_descriptions(answers, [SCENE] * 2)
+
+
+def test_the_answers_of_the_world_are_fluent_and_none_without_a_word():
+    rng = random.Random(3)
+    for kind in world.ANNOTATION_MIX:
+        for _ in range(20):
+            _, answer = world.question_answer(world.sample_scene(rng, 0.0), kind, rng)
+            assert is_fluent(answer)
+            words = answer.split(" ")
+            for place in range(len(words)):
+                assert not is_fluent(" ".join(words[:place] + words[place + 1 :])) or words[place] in world.COLORS
+
+
+@pytest.mark.parametrize(
+    ("other", "expected"),
+    [
+        (TRUE, {}),
+        (TRUE.replace("stars", "squares"), {"object": 1}),
+        (TRUE.replace("snow", "sand"), {"object": 1}),
+        (TRUE.replace("a red", "an orange"), {"attribute": 1}),
+        (TRUE.replace("are three orange stars", "is an orange star"), {"count": 1}),
+        (TRUE.replace("a red circle", "two blue circles"), {"attribute": 1, "count": 1}),
+        (
+            "On the left there is an orange star. On the right there are three red circles. The ground is snow.",
+            {"object": 2, "attribute": 2},
+        ),
+        (TRUE.removesuffix(" The ground is snow."), {"object": 1}),
+        (TRUE + " And a star.", {"object": 1, "count": 1}),
+        (TRUE.replace("On the left", "Left"), {}),
+        ("", {"object": 3, "attribute": 2, "count": 2}),
+    ],
+)
+def test_differences_are_counted_by_place(other, expected):
+    assert differences(TRUE, other) == differences(other, TRUE) == expected

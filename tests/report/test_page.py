@@ -82,3 +82,19 @@ def test_marked_takes_whole_words_of_any_case_and_the_longest_first():
     marked = page.marked("A red star & two Blue Squares, bluer.", ["blue square", "blue squares", "blue"])
     assert marked == "A red star &amp; two <mark>Blue Squares</mark>, bluer."
     assert page.marked("A red star.", []) == "A red star."
+
+
+@pytest.mark.parametrize(
+    ("text", "other", "expected"),
+    [
+        ("a b c", "a b c", "a b c"),
+        ("a x y c", "a b c", "a <mark>x y</mark> c"),
+        ("a c", "a b c", "a c"),
+        ("a b c", "", "<mark>a b c</mark>"),
+        ("", "a", ""),
+        ("<i> b", "b", "<mark>&lt;i&gt;</mark> b"),
+        ("b a", "a b", "<mark>b</mark> a"),
+    ],
+)
+def test_words_that_the_other_text_has_not_there_are_marked(text, other, expected):
+    assert page.marked_differences(text, other) == expected
