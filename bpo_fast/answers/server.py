@@ -105,9 +105,7 @@ class Server:
             from anyio.from_thread import start_blocking_portal
             from openai import APIError, AsyncOpenAI, DefaultAsyncHttpxClient
         except ImportError:
-            raise ImportError(
-                "server: found no package openai, expected the server's client; pip install 'bpo-fast[server]'."
-            ) from None
+            raise ImportError("server: found no openai, which asks servers; pip install 'openai>=3.57'.") from None
 
         async def run():
             http = DefaultAsyncHttpxClient(event_hooks={"response": [_check_body]})

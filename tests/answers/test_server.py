@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-pytest.importorskip("openai", reason="needs openai: pip install 'bpo-fast[server]'")
+pytest.importorskip("openai", reason="needs openai: pip install 'openai>=3.57'")
 
 import torch
 from openai_server import MODEL, NO_ANSWER, Proxy, answer, completion, make_llama, transformers_serve
