@@ -2,8 +2,10 @@
 
 from bpo_fast.bootstrap.error_injected import ErrorInjected
 from bpo_fast.bootstrap.image_weakened import ImageWeakened
+from bpo_fast.bootstrap.m3po import M3PO
 from bpo_fast.bootstrap.maker import Maker
 from bpo_fast.bootstrap.self_generated import SelfGenerated
 from bpo_fast.bootstrap.sft import ChosenOnly
 
-KINDS: dict[str, type[Maker]] = {kind.kind: kind for kind in (ImageWeakened, ErrorInjected, SelfGenerated, ChosenOnly)}
+_ALL = (ImageWeakened, ErrorInjected, SelfGenerated, M3PO, ChosenOnly)
+KINDS: dict[str, type[Maker]] = {kind.kind: kind for kind in _ALL}
