@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from bpo_fast.answers.generate import GenerationSettings, Response
@@ -42,7 +42,7 @@ class Server:
 
     base_url: str
     model: str
-    api_key_env: str | None = None
+    api_key_env: str | None = field(default=None, repr=False)
     max_concurrency: int = 32
     timeout: float = 300.0
     max_retries: int = 20
@@ -158,9 +158,10 @@ class Server:
         # The letters of a bearer token (RFC 6750, section 2.1): what no header takes would come back in an error.
         if not re.fullmatch(r"[A-Za-z0-9._~+/-]+=*", key):
             found = "characters that no key has" if key else "nothing"
+            # Not the name: it may be a key by mistake.
             raise ValueError(
-                f"api_key_env: found {found} in the environment variable {shown(self.api_key_env)}, expected the "
-                f"server's key; export {self.api_key_env}=..., or leave api_key_env out."
+                f"api_key_env: found {found} in the environment variable that it names, expected the server's key; "
+                "export it there, or leave api_key_env out."
             )
         return key
 

@@ -223,12 +223,19 @@ def test_mistakes_are_one_sentence(options, message):
 @pytest.mark.parametrize(("value", "found"), [("", "nothing"), (f"{KEY}\n", "characters that no key has")])
 def test_a_key_that_is_none_is_told_without_it(monkeypatch, value, found):
     monkeypatch.setenv("THE_KEY", value)
-    with pytest.raises(
-        ValueError, match=f"api_key_env: found {found} in the environment variable 'THE_KEY'"
-    ) as raised:
+    with pytest.raises(ValueError, match=f"api_key_env: found {found} in the environment variable that") as raised:
         Server("http://localhost:1/v1", "m", api_key_env="THE_KEY").check()
     assert KEY not in str(raised.value)
     assert raised.value.__cause__ is None
+
+
+def test_a_key_in_place_of_its_variable_is_not_told():
+    asked = Server("http://localhost:1/v1", "m", api_key_env=KEY)
+    with pytest.raises(
+        ValueError, match=r"api_key_env: found nothing in .*names, expected the server's key"
+    ) as raised:
+        asked.check()
+    assert KEY not in str(raised.value) + repr(asked)
 
 
 def test_another_programs_key_is_not_sent(monkeypatch):

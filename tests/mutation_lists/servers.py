@@ -23,6 +23,13 @@ MUTATIONS = [
         "tests/answers/test_server.py::test_a_key_that_is_none_is_told_without_it",
     ),
     Mutation(
+        "a key shown where the name of its variable belongs",
+        SERVER,
+        "api_key_env: str | None = field(default=None, repr=False)",
+        "api_key_env: str | None = field(default=None)",
+        "tests/answers/test_server.py::test_a_key_in_place_of_its_variable_is_not_told",
+    ),
+    Mutation(
         "a key in an address",
         SERVER,
         'if "@" in address.netloc or address.query:',
