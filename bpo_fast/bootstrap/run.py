@@ -13,8 +13,9 @@ from pathlib import Path
 from datasets import Dataset
 
 from bpo_fast.answers.batches import respond
-from bpo_fast.answers.generate import GenerationSettings, check_count, generate
+from bpo_fast.answers.generate import generate
 from bpo_fast.answers.given import GivenModel
+from bpo_fast.answers.sampling import GenerationSettings, check_count
 from bpo_fast.data.annotations import Skip, read_annotations
 from bpo_fast.data.formats import preference_row
 from bpo_fast.data.pairs import METADATA_FILE, PAIRS_FILE, load_preference_dataset, write_pairs

@@ -125,8 +125,9 @@ def evaluate(
     scorer.check(*reference(records))
     # Imported on use: whoever only looks a scorer up need not wait for torch and PEFT.
     from bpo_fast.answers.batches import respond
-    from bpo_fast.answers.generate import GenerationSettings, check_count, generate
+    from bpo_fast.answers.generate import generate
     from bpo_fast.answers.given import GivenModel
+    from bpo_fast.answers.sampling import GenerationSettings, check_count
 
     check_count("batch_size", batch_size)
     decoding = GenerationSettings(max_new_tokens)

@@ -4,11 +4,13 @@ BPO (arXiv 2403.08730, section 3.1) takes one step of a diffusion forward proces
 
     x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps,
 
-so that the model has to answer from what its language prior knows.
+so that the model has to answer from what its language prior knows. `weaken` does so for whatever a model is called
+with; `models.weakened_features` for a batch whose answers are generated.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import nn
@@ -21,6 +23,9 @@ from bpo_fast.ops.noise.operands import as_sample_ids
 from bpo_fast.ops.noise.schedule import NoiseSchedule
 
 SCHEDULES = ("sigmoid", "linear", "cosine")
+
+# Whether this thread is in a block of `weaken`.
+_WEAKENED: ContextVar[bool] = ContextVar("bpo_fast_weakened", default=False)
 
 
 def resolve_schedule(schedule: str | NoiseSchedule) -> NoiseSchedule:
@@ -87,15 +92,34 @@ def weaken(
         ids = None if sample_ids is None else sample_ids.to(x.device)
         return add_noise(x, step, schedule=schedule, seed=seed, sample_ids=ids)
 
+    with changed(model, target, noisy):
+        yield
+
+
+@contextmanager
+def changed(model: nn.Module, target: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """While the block runs, what `model` sees of its images at the `target` goes through `change`."""
     find_module, hook = TARGETS[target]
-    handle = hook(find_module(model), noisy)
+    handle = hook(find_module(model), change)
+    token = _WEAKENED.set(True)
     try:
         yield
     finally:
+        _WEAKENED.reset(token)
         handle.remove()
 
 
-def _projector(model):
+def is_weakened() -> bool:
+    """Whether this is called in a block of `weaken`."""
+    return _WEAKENED.get()
+
+
+def find_projector(model: nn.Module) -> nn.Module:
+    """The module between vision tower and language model.
+
+    Raises:
+        ValueError: none has a name of `families.PROJECTORS`.
+    """
     found = [module for name, module in model.named_modules() if name.rpartition(".")[2] in PROJECTORS]
     if not found:
         raise ValueError(
@@ -105,7 +129,12 @@ def _projector(model):
     return found[0]
 
 
-def _vision_tower(model):
+def find_vision_tower(model: nn.Module) -> nn.Module:
+    """The module that pixels go into.
+
+    Raises:
+        ValueError: the model has none.
+    """
     base = base_model(model)
     tower = base.get_encoder(modality="image")
     if tower in (base, base.base_model):
@@ -113,23 +142,23 @@ def _vision_tower(model):
     return tower
 
 
-def _on_input(module, noisy):
+def _on_input(module, change):
     def hook(module, args, kwargs):
         if args:
-            return (noisy(args[0]), *args[1:]), kwargs
+            return (change(args[0]), *args[1:]), kwargs
         name = next(name for name, value in kwargs.items() if torch.is_tensor(value))
-        return args, {**kwargs, name: noisy(kwargs[name])}
+        return args, {**kwargs, name: change(kwargs[name])}
 
     return module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def _on_output(module, noisy):
-    return module.register_forward_hook(lambda module, args, output: noisy(output))
+def _on_output(module, change):
+    return module.register_forward_hook(lambda module, args, output: change(output))
 
 
 # What the noise is put on -> how its module is found, and where in that module's call the noise comes in.
 TARGETS = {
-    "features": (_projector, _on_input),
-    "pixels": (_vision_tower, _on_input),
-    "projected": (_projector, _on_output),
+    "features": (find_projector, _on_input),
+    "pixels": (find_vision_tower, _on_input),
+    "projected": (find_projector, _on_output),
 }

@@ -21,6 +21,7 @@ from bpo_fast.models.load import base_model
 from bpo_fast.models.packed_forward import PackingNotSeenError, enable_packed_forward, image_features, unpacked_forward
 from bpo_fast.models.packing import Packing
 from bpo_fast.models.prompt import image_inputs
+from bpo_fast.models.rounding import eps_of, tolerance
 from bpo_fast.train.collator import PreferenceCollator
 
 # Examples that are compared: several groups of one packed sequence, in a fraction of a second.
@@ -30,25 +31,6 @@ NUM_EXAMPLES = 3
 FLOAT32_BYTES = 2**30
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def tolerance(eps: float, spread: float) -> float:
-    """Most nats that the log-probs of response tokens may differ by in the mean, where only rounding parts them.
-
-    Rounding goes with the precision and with the size of the logits: `eps` is that of the coarsest type that took
-    part, `spread` the standard deviation of a token's log-probs over the vocabulary. Measured of exact families, over
-    precisions, depths and sizes of weights, the mean is 0.3 to 10 times `eps * spread` in half precision; that of
-    wrong ones in float32 is more than 3e-4 of the spread with the smallest weights and 0.05 with usual ones, whence
-    4e-5 of it as room for the sums of a deep model. 1e-6 is for the rounding of a log-prob itself. The mean is judged,
-    since in bfloat16 single tokens are off by 0.1 nats and more, and a wrong family is off at most tokens.
-
-    Example:
-        >>> round(tolerance(torch.finfo(torch.bfloat16).eps, spread=2.5), 2)
-        0.23
-        >>> round(tolerance(torch.finfo(torch.float32).eps, spread=2.5), 4)
-        0.0001
-    """
-    return spread * (12 * eps + 4e-5) + 1e-6
 
 
 def check_packed_forward(model: nn.Module, collator: PreferenceCollator, examples: Sequence[dict[str, Any]]) -> float:
@@ -90,7 +72,7 @@ def _check(base: PreTrainedModel, collator: PreferenceCollator, examples: list[d
     packed, reason = _packed_logps(base, collator, examples)
     plain, spread, dtype = _plain_logps(base, collator, examples)
     difference = (packed - plain).abs()
-    mean, most = difference.mean().item(), tolerance(_eps(dtype, base.device), spread)
+    mean, most = difference.mean().item(), tolerance(eps_of(dtype, base.device), spread)
     if mean <= most and reason is None:
         return mean
     raise ValueError(
@@ -136,13 +118,6 @@ def _plain_logps(base, collator, examples) -> tuple[torch.Tensor, float, torch.d
                 spreads.append(logps.clamp(min=-50).std(-1))
     dtypes = (logits.dtype, base.get_input_embeddings().weight.dtype)
     return torch.cat(found), torch.cat(spreads).mean().item(), max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
-
-
-def _eps(dtype: torch.dtype, device: torch.device) -> float:
-    eps = torch.finfo(dtype).eps
-    if device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32":
-        eps = max(eps, 2**-10)
-    return eps
 
 
 def _conversations(base: PreTrainedModel, made: BatchFeature, packing: Packing):

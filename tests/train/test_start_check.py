@@ -13,9 +13,10 @@ from transformers.masking_utils import sdpa_mask
 from bpo_fast.models import packed_forward
 from bpo_fast.models.attention import ATTENTION_NAME
 from bpo_fast.models.lora import restrict_to_decoder
+from bpo_fast.models.rounding import tolerance
 from bpo_fast.train import start_check
 from bpo_fast.train.collator import PreferenceCollator
-from bpo_fast.train.start_check import check_packed_forward, tolerance
+from bpo_fast.train.start_check import check_packed_forward
 
 
 def sharp_attention(module, query, key, value, attention_mask, *, scaling, **kwargs):
