@@ -4,13 +4,11 @@ The loop of `answers.decode` reads embeddings, one-dimensional positions and cau
 found by a trial, whatever it is called, and answers through its own `generate`.
 """
 
-import random
 from collections.abc import Collection
 from contextlib import nullcontext
 from weakref import WeakKeyDictionary
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
@@ -25,13 +23,6 @@ from bpo_fast.models.weakened_features import as_one_sample
 # Of models that have been tried, by whether their prompts showed images.
 _ALIKE: WeakKeyDictionary[nn.Module, dict[bool, bool]] = WeakKeyDictionary()
 
-TRIAL_QUESTIONS = ("What is this?", "What is this, and what is beside it or behind it?")
-
-
-def trial_images(size: tuple[int, int] = (128, 64)) -> list[Image.Image]:
-    """Two images of noise, so that no two of their features are alike."""
-    return [Image.frombytes("RGB", size, random.Random(n).randbytes(3 * size[0] * size[1])) for n in range(2)]
-
 
 def decodes_alike(prompts: Prompts) -> bool:
     """Whether `answers.decode` computes what the model's own forward does, for prompts of this kind.
@@ -43,10 +34,8 @@ def decodes_alike(prompts: Prompts) -> bool:
     base, with_images = base_model(prompts.model), bool(prompts.images[0])
     known = _ALIKE.setdefault(base, {})
     if with_images not in known:
-        images = trial_images() if with_images else None
-        trial = Prompts.of(prompts.model, prompts.processor, TRIAL_QUESTIONS, images)
         try:
-            known[with_images] = _alike(base, trial)
+            known[with_images] = _alike(base, prompts.trial())
         except torch.OutOfMemoryError:
             raise
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):

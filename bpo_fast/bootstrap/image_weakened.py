@@ -11,9 +11,13 @@ from typing import Any, ClassVar
 from PIL import Image
 
 from bpo_fast.answers.generate import GenerationSettings, check_processor, generate
+from bpo_fast.answers.plain import equal_logits, next_logits
+from bpo_fast.answers.prompts import Prompts, trial_images
 from bpo_fast.bootstrap.maker import Made, check_seed, draw
 from bpo_fast.data.annotations import Annotation
-from bpo_fast.models.weaken import TARGETS, resolve_schedule, weaken
+from bpo_fast.models.load import base_model
+from bpo_fast.models.weaken import TARGETS, resolve_schedule
+from bpo_fast.models.weakened_features import ImageNoise
 from bpo_fast.ops.checks import is_int
 from bpo_fast.ops.noise.schedule import NoiseSchedule
 from bpo_fast.runs.fingerprint import fingerprint
@@ -71,19 +75,35 @@ class ImageWeakened:
         }
 
     def check(self, model: Any, processor: Any) -> None:
-        check_processor(model, processor, Image.new("RGB", (64, 64)))
+        """Refuse a model whose image reaches its decoder by a way that the noise does not cover.
+
+        Under a schedule that keeps nothing of an image, two images with the same noise must leave the same logits.
+
+        Raises:
+            ValueError: they do not, or the processor is not the model's.
+        """
+        images = trial_images()
+        check_processor(model, processor, images[0])
+        noise = ImageNoise([0], [0, 0], NoiseSchedule([0.0], name="empty"), self.target)
+        prompts = Prompts.of(model, processor, ["What is this?"] * 2, images, noise)
+        if not equal_logits(*(next_logits(prompts, row) for row in range(2))):
+            raise ValueError(
+                f"model: found {type(base_model(model)).__name__}, whose answers depend on the image past the noise "
+                f"on its {self.target}, expected that to be the image's only way to the language model; set "
+                "noise_target to 'pixels'."
+            )
 
     def make(
         self, model: Any, processor: Any, samples: Sequence[Annotation], images: Sequence[Image.Image]
     ) -> list[list[Made]]:
-        made: list[list[Made]] = [[] for _ in samples]
-        noise = {"target": self.target, "schedule": self.schedule, "seed": self.seed}
-        for step in self.steps:
-            seeds = [draw(self.seed, sample, step) for sample in samples]
-            with weaken(model, step, sample_ids=[sample.sample_id for sample in samples], **noise):
-                prompts = [sample.prompt for sample in samples]
-                responses = generate(model, processor, images, prompts, self.decoding, seeds=seeds)
-            variant = str(step) if len(self.steps) > 1 else ""
-            for responses_of, response in zip(made, responses, strict=True):
-                responses_of.append(Made(response.text, response.truncated, variant, details={"step": step}))
-        return made
+        ids = [sample.sample_id for sample in samples]
+        noise = ImageNoise(self.steps, ids, resolve_schedule(self.schedule), self.target, self.seed)
+        prompts = [sample.prompt for sample in samples]
+        seeds = [draw(self.seed, sample, step) for sample in samples for step in self.steps]
+        responses = generate(model, processor, images, prompts, self.decoding, seeds=seeds, noise=noise)
+        answered = iter(responses)
+        return [[self._made(next(answered), step) for step in self.steps] for _ in samples]
+
+    def _made(self, response, step):
+        variant = str(step) if len(self.steps) > 1 else ""
+        return Made(response.text, response.truncated, variant, details={"step": step})

@@ -50,38 +50,27 @@ class Copy(NamedTuple):
     sample_id: int
 
 
-@torch.no_grad()
-def write_weakened(
-    model: nn.Module,
-    noise: ImageNoise,
-    copies: Sequence[Copy],
-    inputs: dict[str, Tensor],
-    inputs_of: Callable[[int], dict[str, Tensor]],
-    out: Tensor,
-    rows: Tensor,
-) -> None:
-    """Write the features of weakened images to the rows of their image tokens.
-
-    Args:
-        model: with or without a LoRA adapter.
-        noise: its target, schedule and seed.
-        copies: C copies of N images; those of one image follow each other.
-        inputs: what the processor made of the images, as `packed_forward.image_features` takes it.
-        inputs_of: what the processor makes of one of the images by itself.
-        out: [S, H], where to.
-        rows: the rows of `out`, copy after copy.
-    """
-    if not _write_at_once(model, noise, copies, inputs, out, rows):
-        features = _one_by_one(model, noise, copies, inputs_of)
-        out.index_copy_(0, rows, features.to(out.dtype))
-
-
 # What the steps of one image share, by the noise's target.
 _SHARED = {"pixels": (), "features": (find_vision_tower,), "projected": (find_vision_tower, find_projector)}
 
 
-def _write_at_once(model, noise, copies, inputs, out, rows) -> bool:
-    """Write all copies in one pass of the vision part; False where an image has several maps, or they are not all."""
+@torch.no_grad()
+def write_at_once(
+    model: nn.Module, noise: ImageNoise, copies: Sequence[Copy], inputs: dict[str, Tensor], out: Tensor, rows: Tensor
+) -> bool:
+    """Write weakened features to the rows of their image tokens, all in one pass of the vision part.
+
+    Args:
+        model: with or without a LoRA adapter.
+        noise: its target, schedule and seed.
+        copies: C copies of N images.
+        inputs: what the processor made of the N images, as `packed_forward.image_features` takes it.
+        out: [S, H], where to.
+        rows: the rows of `out`, copy after copy.
+
+    Returns:
+        False, and nothing written, where an image has several maps, or its features are not its projected map alone.
+    """
     source, step, ids = (torch.tensor(numbers, device=out.device) for numbers in zip(*copies, strict=True))
     images = len(set(source.tolist()))
     arguments = {"schedule": noise.schedule, "seed": noise.seed, "sample_ids": ids}
@@ -133,8 +122,18 @@ def _write_at_once(model, noise, copies, inputs, out, rows) -> bool:
     return True
 
 
-def _one_by_one(model, noise, copies, inputs_of) -> Tensor:
-    """[M, H], the rows of all copies."""
+@torch.no_grad()
+def one_by_one(
+    model: nn.Module, noise: ImageNoise, copies: Sequence[Copy], inputs_of: Callable[[int], dict[str, Tensor]]
+) -> Tensor:
+    """Weakened features [M, H], copy after copy, one image in the vision part at a time.
+
+    Args:
+        model: with or without a LoRA adapter.
+        noise: its target, schedule and seed.
+        copies: of the images; those of one image follow each other.
+        inputs_of: what the processor makes of one of the images by itself.
+    """
     features = []
     for image, group in itertools.groupby(copies, key=lambda copy: copy.image):
         inputs = inputs_of(image)

@@ -2,6 +2,7 @@ import random
 
 import pytest
 from PIL import Image
+from tiny_families import REFUSED
 
 from bpo_fast.answers.generate import GenerationSettings, generate
 from bpo_fast.bootstrap.image_weakened import ImageWeakened
@@ -41,6 +42,39 @@ def test_one_step_of_several_is_what_it_is_alone(tiny_llava):
     alone = ImageWeakened(steps=900, decoding=SAMPLED).make(*tiny_llava, SAMPLES, IMAGES)
     assert [each.rejected for (_, each) in several] == [each.rejected for (each,) in alone]
     assert [each.variant for (each,) in alone] == ["", ""]
+
+
+@pytest.mark.parametrize("target", ["features", "projected", "pixels"])
+def test_a_model_that_the_noise_covers_is_taken(tiny_llava, target):
+    ImageWeakened(target).check(*tiny_llava)
+
+
+@pytest.mark.parametrize("target", ["features", "projected"])
+def test_an_image_that_reaches_the_decoder_past_the_noise_is_refused(target):
+    """Qwen3-VL adds features of earlier layers of its vision tower to hidden states of its decoder."""
+    model, processor = REFUSED["Qwen3-VL"][0]()
+    message = "model: found Qwen3VLForConditionalGeneration, whose answers depend on the image past the noise on its"
+    with pytest.raises(ValueError, match=message):
+        ImageWeakened(target).check(model, processor)
+    ImageWeakened("pixels").check(model, processor)
+    model, processor = REFUSED["Qwen2-VL"][0]()
+    ImageWeakened(target).check(model, processor)
+
+
+def test_a_leak_in_any_model_is_found(tiny_llava, monkeypatch):
+    model, processor = tiny_llava
+    seen = model.model.get_image_features
+
+    def leaking(pixel_values, **options):
+        output = seen(pixel_values=pixel_values, **options)
+        output.pooler_output[0] = output.pooler_output[0] + 0.1 * pixel_values[0, 0, 0, 0]
+        return output
+
+    monkeypatch.setattr(model, "get_image_features", leaking)
+    with pytest.raises(
+        ValueError, match="LlavaForConditionalGeneration, whose answers depend on the image past"
+    ):
+        ImageWeakened().check(model, processor)
 
 
 def test_self_generated_is_seeded_by_the_sample(tiny_llava):
