@@ -71,9 +71,7 @@ def test_a_leak_in_any_model_is_found(tiny_llava, monkeypatch):
         return output
 
     monkeypatch.setattr(model, "get_image_features", leaking)
-    with pytest.raises(
-        ValueError, match="LlavaForConditionalGeneration, whose answers depend on the image past"
-    ):
+    with pytest.raises(ValueError, match="LlavaForConditionalGeneration, whose answers depend on the image past"):
         ImageWeakened().check(model, processor)
 
 
