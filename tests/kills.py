@@ -42,7 +42,10 @@ evaluate: {questions: questions.json, kind: pope, max_new_tokens: 48, batch_size
 """
 TRAINED = ("adapter_model.safetensors", "adapter_config.json")
 RESULTS = {
-    "bootstrap": ("pairs.jsonl", "skipped.jsonl", "metadata.json", "responses.jsonl"),
+    "bootstrap": (
+        *("README.md", "manifest.json", "skipped.jsonl", "metadata.json", "data/part-00000-of-00001.parquet"),
+        *("parts/00000.json", "parts/00000.jsonl"),
+    ),
     "train": TRAINED,
     "caches": TRAINED,
     "evaluate": ("answers.jsonl", "scores.json", "skipped.jsonl", "metadata.json", "responses.jsonl"),

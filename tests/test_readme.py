@@ -15,6 +15,7 @@ from tiny_world import make_world
 
 from bpo_fast import doctor
 from bpo_fast.cli import main as cli
+from bpo_fast.data import load_preference_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -59,7 +60,7 @@ def test_the_commands_and_the_adapter_in_transformers_run(world, capsys):
     (code,) = (block for block in blocks("python") if "PeftModel" in block)
     names = {}
     exec(code.replace(MODEL, "model"), names)  # the adapter lies where the commands put it
-    model, turns = names["model"].eval(), json.loads(Path("pairs/pairs.jsonl").read_text().splitlines()[0])["prompt"]
+    model, turns = names["model"].eval(), load_preference_dataset("pairs")[0]["prompt"]
     text = names["processor"].apply_chat_template(turns, add_generation_prompt=True)
     inputs = names["processor"](text=text, images=Image.open("images/0.png"), return_tensors="pt")
     with torch.no_grad():

@@ -1,9 +1,12 @@
-"""Which images can be read, found out before there is a model to wait for."""
+"""Images decoded by as many threads as there are cores: all before a model is loaded, or a few ahead of it."""
 
 import os
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 
+from PIL import Image
 from tqdm.auto import tqdm
 
 from bpo_fast.data.images import image_path, read_image
@@ -33,3 +36,32 @@ def unreadable_images(image_folder: str | os.PathLike, names: Iterable[str]) -> 
         return {name: reason for name, reason in zip(names, found, strict=True) if reason}
     finally:
         pool.shutdown(cancel_futures=True)  # an interrupted check ends with the images that are being read
+
+
+def read_ahead(names: Iterable[tuple[str | os.PathLike, str]], ahead: int) -> Iterator[Image.Image | ValueError]:
+    """Decode images in order, `ahead` of them beyond the one that is asked for.
+
+    Args:
+        names: (image folder, path below it) of each.
+        ahead: how many are decoded, and in memory, before they are asked for.
+
+    Yields:
+        Each image, or the error that says why it cannot be read.
+    """
+
+    def read(name):
+        try:
+            return read_image(image_path(*name))
+        except ValueError as error:
+            return error
+
+    names = iter(names)
+    pool = ThreadPoolExecutor(min(ahead, os.cpu_count() or 1))
+    try:
+        waiting = deque(pool.submit(read, name) for name in islice(names, ahead))
+        while waiting:
+            image = waiting.popleft().result()
+            waiting.extend(pool.submit(read, name) for name in islice(names, 1))
+            yield image
+    finally:
+        pool.shutdown(cancel_futures=True)

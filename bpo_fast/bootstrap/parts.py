@@ -42,7 +42,7 @@ class Part:
     @property
     def lock(self) -> Path:
         """Held by the process that works on it."""
-        return self.folder / PARTS_FOLDER / f".{self.number:05}.lock"
+        return self.folder / f".part-{self.number:05}.lock"
 
     @property
     def shard(self) -> Path:

@@ -1,32 +1,31 @@
-"""The bootstrap run: annotations in, preference pairs out, resumable at any moment.
+"""The bootstrap run: annotations in, preference pairs out, resumable at any moment, by as many processes as like.
 
-The chosen response of a pair is the annotated answer; the rejected one is the model's own answer to the same question
-about the weakened image (BPO, arXiv 2403.08730, section 3.1). The weakened image is the only one the model sees.
+The chosen response of a pair is the annotated answer; the rejected one is made by a kind of `bootstrap/kinds.py`, by
+default the model's own answer to the same question about the weakened image (BPO, arXiv 2403.08730, section 3.1).
 """
 
-import hashlib
 import os
-from collections import Counter
-from dataclasses import asdict
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 
-from bpo_fast.answers.batches import respond
-from bpo_fast.answers.generate import generate
 from bpo_fast.answers.given import GivenModel
 from bpo_fast.answers.sampling import GenerationSettings, check_count
-from bpo_fast.data.annotations import Skip, read_annotations
-from bpo_fast.data.formats import preference_row
-from bpo_fast.data.pairs import METADATA_FILE, PAIRS_FILE, load_preference_dataset, write_pairs
-from bpo_fast.data.responses import check_response
-from bpo_fast.models.weaken import TARGETS, resolve_schedule, weaken
+from bpo_fast.bootstrap.finish import finish
+from bpo_fast.bootstrap.image_weakened import ImageWeakened
+from bpo_fast.bootstrap.job import Job
+from bpo_fast.bootstrap.kinds import KINDS
+from bpo_fast.bootstrap.maker import Maker, check_seed, draw
+from bpo_fast.bootstrap.progress import Progress
+from bpo_fast.bootstrap.self_generated import SelfGenerated
+from bpo_fast.bootstrap.work import Worker
+from bpo_fast.data.annotations import read_annotations
+from bpo_fast.data.pairs import MANIFEST_FILE, load_preference_dataset
 from bpo_fast.ops.noise.schedule import NoiseSchedule
-from bpo_fast.runs.files import read_json, write_json, write_jsonl
-from bpo_fast.runs.fingerprint import fingerprint
-from bpo_fast.runs.folder import locked_folder
-
-SKIPPED_FILE = "skipped.jsonl"
+from bpo_fast.runs.folder import shared_folder
 
 
 def bootstrap(
@@ -37,7 +36,7 @@ def bootstrap(
     output_dir: str | os.PathLike,
     *,
     noise_target: str = "features",
-    noise_step: int | None = 500,
+    noise_step: int | Sequence[int] | None = 500,
     schedule: str | NoiseSchedule = "sigmoid",
     seed: int = 0,
     max_new_tokens: int = 512,
@@ -49,24 +48,32 @@ def bootstrap(
     max_samples: int | None = None,
     adapter: str | os.PathLike | None = None,
     model_init_kwargs: dict | None = None,
+    kinds: Sequence[Maker] | None = None,
+    rows_per_part: int = 1024,
+    embed_images: bool = False,
 ) -> Dataset:
     """Make preference pairs from annotated images.
 
-    Writes into `output_dir`: `pairs.jsonl` (the pairs), `skipped.jsonl` (each record left out, with its reason),
-    `metadata.json` (settings and counts) and `responses.jsonl` (every response, appended batch by batch). A run that
-    was killed goes on where it stopped when it is called again with the same arguments, and ends with the same pairs.
-    A response is known by its record's id, image and question: added or mended records and a larger `max_samples` cost
-    only what is new, `max_response_words` costs nothing. Whatever else changes a response is another run.
+    Writes into `output_dir`: `data/*.parquet` (the pairs), `README.md` (the data set's card: `datasets.load_dataset`
+    reads the folder), `manifest.json` (checksums, counts, settings; the last file), `skipped.jsonl` (each record and
+    response left out, with its reason), `metadata.json` (the settings that claim the folder) and `parts/` (every
+    response, appended batch by batch). A run that was killed goes on where it stopped when it is called again with the
+    same arguments, and ends with the same bytes. A response is known by its record's id, image and question: added or
+    mended records, a larger `max_samples` and a further kind cost only what is new, `max_response_words` costs
+    nothing. Whatever else changes a response is another run.
+
+    Processes that are given the same arguments and the same `output_dir` share the work, on one machine or on many
+    with a common file system: each takes the next part that nobody has, and all return when the last part is done.
 
     Args:
         model: vision-language model of transformers, or the path of one, which is then loaded only when everything
-            else has been checked, images included, and there is a response left to make.
+            else has been checked and there is a response left to make.
         processor: its processor; None takes the one saved with the model.
         annotations: path of a file of annotations, see `bpo_fast.data.annotations`, or the list of its records.
         image_folder: folder that the records' image paths start from.
-        output_dir: folder of this run alone.
+        output_dir: folder of this run.
         noise_target, noise_step, schedule, seed: noise on the images, see `weaken`; `noise_step=None` leaves them as
-            they are, which gives self-generated rejected responses.
+            they are, which gives self-generated rejected responses; several steps give each record several pairs.
         max_new_tokens, do_sample, temperature, top_p: decoding, greedy by default; sampling is seeded by `seed` and
             the record.
         batch_size: questions a batch. Responses do not depend on it, but for floating-point rounding.
@@ -76,10 +83,13 @@ def bootstrap(
         adapter: path of the LoRA adapter that `model` carries, or gets where `model` is a path. The weights of model
             and adapter are kept in the settings, so that responses of one are not taken for another's.
         model_init_kwargs: further arguments of `bpo_fast.models.load.load_model` where `model` is a path.
+        kinds: of negatives, each with its options, in place of the one that the noise and decoding describe.
+        rows_per_part: annotations that one process takes at a time, and that one shard holds.
+        embed_images: put the images' files into the shards, in place of their paths.
 
     Returns:
-        The pairs as `load_preference_dataset(output_dir)` gives them, with columns `images`, `prompt`, `chosen`,
-        `rejected`, `id`, `rejected_type` and `rejected_truncated` (it was cut at max_new_tokens).
+        The pairs as `load_preference_dataset(output_dir)` gives them, with the columns of
+        `bpo_fast.data.parquet.FEATURES`.
 
     Raises:
         FileNotFoundError: annotations or image folder do not exist.
@@ -95,93 +105,61 @@ def bootstrap(
         pairs[0]["rejected"]
     """
     check_count("batch_size", batch_size)
+    check_count("rows_per_part", rows_per_part)
     if max_samples is not None:
         check_count("max_samples", max_samples, "at least 1 or None")
-    if noise_target not in TARGETS:
-        raise ValueError(f"noise_target: found {noise_target!r}, expected one of {', '.join(TARGETS)}.")
-    noise_schedule = resolve_schedule(schedule)
-    last_step = noise_schedule.num_steps - 1
-    if noise_step is not None and not 0 <= noise_step <= last_step:
-        raise ValueError(f"noise_step: found {noise_step}, expected None or a step from 0 to {last_step}.")
-    if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed: found {seed!r}, expected a whole number from -2**63 to 2**63 - 1.")
-    decoding = GenerationSettings(max_new_tokens, do_sample, temperature, top_p)
+    check_seed(seed)
+    if kinds is None:
+        decoding = GenerationSettings(max_new_tokens, do_sample, temperature, top_p)
+        if noise_step is None:
+            kinds = [SelfGenerated(seed, decoding)]
+        else:
+            kinds = [ImageWeakened(noise_target, noise_step, schedule, seed, decoding)]
     samples, skipped = read_annotations(annotations, image_folder, max_response_words=max_response_words)
     num_records = len(samples) + len(skipped)
-    samples.sort(key=lambda sample: (_draw(seed, sample), sample.record))
-    samples = samples[:max_samples]
-    # Answers of like length share a batch, the longest first: less waiting for one long answer, and a batch too large
-    # for the memory fails at once and not after hours.
-    samples.sort(key=lambda sample: (-len(sample.answer), sample.record))
-
-    given = GivenModel(model, processor, adapter, model_init_kwargs or {})
-    settings = {
-        "noise_target": noise_target,
-        "noise_step": noise_step,
-        "schedule": schedule if isinstance(schedule, str) else fingerprint(noise_schedule.alpha_bar.tolist()),
-        "seed": seed,
-        **asdict(decoding),
-    }
-    noise = {"step": noise_step, "target": noise_target, "schedule": noise_schedule, "seed": seed}
-
-    def answer(model, processor, batch, images):
-        ids = [sample.sample_id for sample in batch]
-        texts = [sample.question for sample in batch]
-        with weaken(model, sample_ids=ids, **noise):
-            return generate(model, processor, images, texts, decoding, seeds=[_draw(seed, each) for each in batch])
-
-    with locked_folder(output_dir) as folder:
-        options = {"batch_size": batch_size, "results": (PAIRS_FILE, SKIPPED_FILE), "desc": "bootstrap"}
-        responses, unreadable = respond(folder, settings, given, samples, image_folder, answer, **options)
-        rejected_type = "self_generated" if noise_step is None else "image_weakened"
-        pairs, dropped = _pair(samples, responses, unreadable, rejected_type, max_response_words)
-        skipped = sorted([*skipped, *dropped], key=lambda skip: skip.record)
-        write_jsonl(folder / SKIPPED_FILE, map(asdict, skipped))
-        if not pairs:
-            (folder / PAIRS_FILE).unlink(missing_ok=True)
-            reason, times = Counter(skip.reason for skip in skipped).most_common(1)[0]
-            raise ValueError(
-                f"annotations: found no pair in {num_records} records ({times} with {reason}), expected at least one; "
-                f"see {folder / SKIPPED_FILE}."
+    samples.sort(key=lambda sample: (draw(seed, sample), sample.record))
+    samples = sorted(samples[:max_samples], key=lambda sample: sample.record)
+    job = Job(
+        folder=Path(output_dir),
+        samples=samples,
+        skipped=skipped,
+        num_records=num_records,
+        image_folders={"": str(Path(image_folder).resolve())},
+        makers=_in_order(kinds),
+        given=GivenModel(model, processor, adapter, _on_own_device(model_init_kwargs or {})),
+        batch_size=batch_size,
+        rows_per_part=rows_per_part,
+        max_response_words=max_response_words,
+        embed_images=embed_images,
+        selection={"max_samples": max_samples, "seed": seed},
+    )
+    job.given.check()
+    with shared_folder(output_dir, job.purpose):
+        job.check()
+        was_whole = (job.folder / MANIFEST_FILE).exists()
+        with Progress(len(samples) * len(job.makers)) as progress, Worker(job, progress) as worker:
+            worker.make_all(job.parts)
+        manifest = finish(job)
+        if was_whole and not worker.has_written:
+            print(
+                f"{job.folder}: finished already, its {manifest['counts']['pairs']:,} pairs are there.",
+                file=sys.stderr,
             )
-        counts = {
-            "records": num_records,
-            "pairs": len(pairs),
-            "skipped": len(skipped),
-            "rejected_truncated": sum(pair["rejected_truncated"] for pair in pairs),
-        }
-        selection = {"max_response_words": max_response_words, "max_samples": max_samples}
-        metadata = {
-            "settings": read_json(folder / METADATA_FILE)["settings"],
-            "annotations": fingerprint(samples),
-            **selection,
-        }
-        metadata |= {"image_folder": str(Path(image_folder).resolve()), "counts": counts}
-        write_json(folder / METADATA_FILE, metadata)
-        write_pairs(folder / PAIRS_FILE, pairs)
-        return load_preference_dataset(folder)
+        return load_preference_dataset(output_dir)
 
 
-def _draw(seed, sample):
-    """A number of each sample and seed: the n lowest are a uniform draw, whatever other samples there are."""
-    digest = hashlib.blake2b(f"{seed} {sample.sample_id}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+def _in_order(kinds: Sequence[Maker]) -> list[Maker]:
+    """The kinds in the order of their table, which is that of a sample's pairs."""
+    order = list(KINDS)
+    names = [maker.kind for maker in kinds]
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"kinds: found {names}, expected one of {', '.join(order)} or more, each once.")
+    return sorted(kinds, key=lambda maker: order.index(maker.kind))
 
 
-def _pair(samples, responses, unreadable, rejected_type, max_response_words):
-    """Pairs in the order of the annotations, and the samples that give none."""
-    pairs, dropped = [], []
-    for sample, response in sorted(zip(samples, responses, strict=True), key=lambda both: both[0].record):
-        try:
-            if response is None:
-                raise ValueError(unreadable[sample.image])
-            check_response(response.text, max_response_words)
-            if response.text == sample.answer:
-                raise ValueError("a rejected response identical to the chosen one")
-        except ValueError as reason:
-            dropped.append(Skip(sample.record, sample.id, str(reason)))
-            continue
-        texts = sample.question, sample.answer, response.text
-        extra = {"id": sample.id, "rejected_type": rejected_type, "rejected_truncated": response.truncated}
-        pairs.append(preference_row(sample.image, *texts, **extra))
-    return pairs, dropped
+def _on_own_device(options: dict) -> dict:
+    """The options of `load_model` with the GPU that is this process's where a launcher has started several."""
+    rank = os.environ.get("LOCAL_RANK")
+    if rank is None or "device" in options or not torch.cuda.is_available():
+        return options
+    return {**options, "device": f"cuda:{int(rank) % torch.cuda.device_count()}"}

@@ -35,14 +35,14 @@ def bootstrap(argv: Sequence[str]) -> None:
 
     (arguments,) = parse_arguments([BootstrapArguments], argv, command="bootstrap", description=bootstrap.__doc__)
     from bpo_fast.bootstrap import bootstrap as make_pairs
-    from bpo_fast.bootstrap.run import SKIPPED_FILE
-    from bpo_fast.data.pairs import METADATA_FILE
+    from bpo_fast.bootstrap.finish import SKIPPED_FILE
+    from bpo_fast.data.pairs import MANIFEST_FILE
     from bpo_fast.runs.files import read_json
 
     load_options = arguments.load_options()
     options = _without(asdict(arguments), "model_name_or_path", *load_options)
     make_pairs(arguments.model_name_or_path, None, model_init_kwargs=load_options, **options)
-    counts = read_json(Path(arguments.output_dir) / METADATA_FILE)["counts"]
+    counts = read_json(Path(arguments.output_dir) / MANIFEST_FILE)["counts"]
     cut = counts["rejected_truncated"]
     cut = f"; {cut:,} rejected responses were cut at max_new_tokens" if cut else ""
     print(

@@ -1,6 +1,7 @@
-"""Preference pairs in TRL's vision columns: written as JSON lines beside metadata, read as a `datasets.Dataset`.
+"""Preference pairs in TRL's vision columns, read as a `datasets.Dataset`.
 
-A line of `pairs.jsonl` has TRL's conversational columns, its images given by path below the image folder:
+A folder of `bpo-fast bootstrap` holds them as Parquet shards (`bpo_fast.data.parquet`) with a manifest. A file of JSON
+lines has TRL's conversational columns, its images given by path below the image folder:
 
     {"images": ["coco/1.jpg"],
      "prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}],
@@ -8,7 +9,7 @@ A line of `pairs.jsonl` has TRL's conversational columns, its images given by pa
      "rejected": [{"role": "assistant", "content": [{"type": "text", "text": "A red circle and a blue square."}]}],
      "id": "1", ...}
 
-`metadata.json` holds `settings` (how the pairs were made), `image_folder` and `counts`.
+A folder of `pairs.jsonl` beside a `metadata.json` that names the `image_folder` is read as well.
 """
 
 import os
@@ -18,11 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
-from datasets import Dataset, DatasetInfo, Features, Image, List, Value, load_from_disk
+import pyarrow.compute as pc
+from datasets import Dataset, DatasetInfo, Features, Image, List, load_from_disk
 from datasets.table import InMemoryTable
 
 from bpo_fast.data.formats import to_pairs
 from bpo_fast.data.images import image_path, read_image, upright_rgb
+from bpo_fast.data.parquet import TURNS, read_shards
 from bpo_fast.runs.files import read_json, write_jsonl
 from bpo_fast.runs.fingerprint import fingerprint
 from bpo_fast.runs.text import shown
@@ -30,6 +33,8 @@ from bpo_fast.runs.text import shown
 PAIRS_FILE = "pairs.jsonl"
 METADATA_FILE = "metadata.json"
 SKIPPED_FILE = "skipped.jsonl"
+MANIFEST_FILE = "manifest.json"  # the last file of a folder of shards: checksums, counts and settings
+CARD_FILE = "README.md"
 COLUMNS = ("images", "prompt", "chosen", "rejected")
 
 
@@ -45,8 +50,7 @@ class _UprightImage(Image):
         return upright_rgb(super().decode_example(value, token_per_repo_id))
 
 
-_TURNS = List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})})
-_FEATURES = {"images": List(_UprightImage()), "prompt": _TURNS, "chosen": _TURNS, "rejected": _TURNS}
+_FEATURES = {"images": List(_UprightImage()), "prompt": TURNS, "chosen": TURNS, "rejected": TURNS}
 
 
 def write_pairs(path: str | os.PathLike, pairs: Iterable[dict]) -> None:
@@ -93,14 +97,16 @@ def load_preference_dataset(path: str | os.PathLike, *, image_folder: str | os.P
         if missing:
             raise ValueError(f"{path}: found no column '{missing[0]}', expected {', '.join(COLUMNS)}.")
         return dataset
+    if (path / MANIFEST_FILE).is_file():
+        return _from_shards(path, image_folder)
     if path.is_dir():
         file, metadata = path / PAIRS_FILE, path / METADATA_FILE
         if not metadata.is_file():
             raise ValueError(f"dataset: found no {METADATA_FILE} in '{path}', expected pairs or a saved data set.")
         if not file.is_file():
             raise ValueError(
-                f"dataset: found an unfinished bootstrap in '{path}', expected {PAIRS_FILE}; run the same bootstrap "
-                "command again to finish it."
+                f"dataset: found an unfinished bootstrap in '{path}', expected {MANIFEST_FILE}; run the same "
+                "bootstrap command again to finish it."
             )
         content = read_json(metadata)
         default_folder = content.get("image_folder") if isinstance(content, dict) else None
@@ -162,6 +168,52 @@ def _image_mark(image):
     return [None if path is None else os.path.basename(path), size]
 
 
+def _from_shards(folder, image_folder):
+    """The pairs of a folder whose manifest says that it is whole."""
+    manifest = read_json(folder / MANIFEST_FILE)
+    try:
+        files, embedded = manifest["files"], manifest["embed_images"]
+        sizes = {name: (each["bytes"], each["rows"]) for name, each in files.items()}
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(
+            f"{folder / MANIFEST_FILE}: found no list of files, expected that of a bootstrap; run the same bootstrap "
+            "command again."
+        ) from None
+    if embedded and image_folder is not None:
+        raise ValueError(
+            f"image_folder: found '{image_folder}', expected None for '{folder}', which holds its images."
+        )
+    table = read_shards(folder, sizes, in_memory=not embedded)
+    features = Features({**Features.from_arrow_schema(table.schema), **_FEATURES})
+    if not embedded:
+        table = _with_paths(table, image_folder, folder)
+    return Dataset(table, info=DatasetInfo(features=features))
+
+
+def _with_paths(table, image_folder, folder):
+    """The table with its images below `image_folder`, or where they were."""
+    if image_folder is None:
+        paths = pc.list_flatten(table["images"]).combine_chunks().field("path").to_pylist()
+    else:
+        paths = [str(image_path(image_folder, name)) for name in table["image_name"].to_pylist()]
+        images = [[{"bytes": None, "path": path}] for path in paths]
+        place = table.schema.get_field_index("images")
+        field = table.schema.field(place)
+        table = InMemoryTable(table.table.set_column(place, field, pa.array(images, type=field.type)))
+    _check_images(folder, dict.fromkeys(paths))
+    return table
+
+
+def _check_images(where, paths):
+    """Refuse pairs none of whose images is there."""
+    missing = [path for path in paths if not os.path.isfile(path)]
+    if missing and len(missing) == len(paths):
+        raise FileNotFoundError(
+            f"{where}: found none of its {len(paths)} images, the first is {missing[0]}, expected them; give the "
+            "image_folder."
+        )
+
+
 def _to_dataset(pairs, image_folder, file):
     columns = {name: [] for name in pairs[0]}
     for number, pair in enumerate(pairs):
@@ -180,12 +232,7 @@ def _to_dataset(pairs, image_folder, file):
                     paths[name] = str(image_path(image_folder, name))
                 except ValueError as error:
                     raise ValueError(f"{file}, pair {number}: {error}") from None
-    missing = [path for path in paths.values() if not os.path.isfile(path)]
-    if missing and len(missing) == len(paths):
-        raise FileNotFoundError(
-            f"{file}: found none of its {len(paths)} images, the first is {missing[0]}, expected them; give the "
-            "image_folder."
-        )
+    _check_images(file, paths.values())
     columns["images"] = [[{"bytes": None, "path": paths[image]} for image in images] for images in columns["images"]]
     # Dataset.from_dict would encode value by value in Python: half a minute for the paper's 170,000 pairs.
     try:

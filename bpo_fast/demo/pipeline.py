@@ -18,7 +18,7 @@ import torch
 from peft import LoraConfig
 
 from bpo_fast.bootstrap import bootstrap
-from bpo_fast.data.pairs import load_preference_dataset
+from bpo_fast.data.pairs import MANIFEST_FILE, load_preference_dataset
 from bpo_fast.demo import world
 from bpo_fast.demo.grade import grade_descriptions
 from bpo_fast.demo.probes import LogpsProbe, likelihood_by_step
@@ -151,7 +151,7 @@ def _make_world(folder, seed, settings):
 
 
 def _bootstrap(folder, annotations, seed, settings, model_path, processor):
-    if (folder / "pairs.jsonl").exists():
+    if (folder / MANIFEST_FILE).exists():
         return load_preference_dataset(folder)
     return bootstrap(
         load_model(model_path, dtype=torch.float32, device="cpu"),

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 from bpo_fast.runs.text import shown
 
@@ -34,10 +34,14 @@ def writing(path: str | os.PathLike, *others: str | os.PathLike) -> Iterator[Non
 
 
 @contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[TextIO]:
-    """Open `path` for writing text under a temporary name; it takes its own name only when the block ends well.
+def replacing(path: str | os.PathLike, *, binary: bool = False) -> Iterator[IO]:
+    """Open `path` for writing under a temporary name; it takes its own name only when the block ends well.
 
     A file that holds the same bytes already is left alone, its time of change included.
+
+    Args:
+        path: the file.
+        binary: write bytes; by default text in UTF-8.
 
     Raises:
         OSError: it cannot be written; see `writing`.
@@ -55,7 +59,7 @@ def replacing(path: str | os.PathLike) -> Iterator[TextIO]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path, temporary):
         try:
-            with temporary.open("w", encoding="utf-8") as file:
+            with temporary.open("wb") if binary else temporary.open("w", encoding="utf-8") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())

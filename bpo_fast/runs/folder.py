@@ -6,9 +6,8 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from bpo_fast.runs.files import read_json, write_json, writing
 
@@ -52,61 +51,62 @@ def locked_folder(output_dir: str | os.PathLike) -> Iterator[Path]:
 
 
 @contextmanager
-def shared_folder(output_dir: str | os.PathLike) -> Iterator["SharedFolder"]:
-    """Work in `output_dir` beside other processes that do the same, of this machine or of others.
+def shared_folder(output_dir: str | os.PathLike, purpose: str) -> Iterator[Path]:
+    """Work in `output_dir` beside other processes of the same purpose, of this machine or of others.
 
     As `locked_folder`, which it keeps out and which keeps it out, but for the others in the folder. Across machines
     the file system must know `flock`, as NFS and Lustre (mounted with `flock`) do. The kernel gives a lock back when
     its process ends, however it ends.
 
+    Args:
+        output_dir: the folder.
+        purpose: what all of them must have in common, a fingerprint.
+
+    Yields:
+        The folder.
+
+    Raises:
+        ValueError: as `locked_folder`, or processes of another purpose are at work.
+
     Example:
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "run"
-    >>> with shared_folder(path) as first:
-    ...     with shared_folder(path) as second:
-    ...         print(first.alone(), second.path == path)
-    False True
+    >>> with shared_folder(path, "a"), shared_folder(path, "a"), shared_folder(path, "b"):  # doctest: +ELLIPSIS
+    ...     pass
+    Traceback (most recent call last):
+    ValueError: output_dir: found a process at work in '...' on something else, expected none; wait for it or ...
     """
     with _opened(Path(output_dir)) as folder:
         path = folder / LOCK_FILE
         deadline = time.monotonic() + LONGEST_START
-        while True:
-            lock = _open_lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if lock is not None:
-                _remove_half_written(folder)
-                fcntl.flock(lock, fcntl.LOCK_SH)
-            else:
-                lock = _open_lock(path, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            if lock is not None:
-                break
+        while (lock := _join(folder, purpose.encode())) is None:
             # Another one that starts holds it for a moment, a command that wants the folder for itself does for long.
             if time.monotonic() > deadline:
                 raise _taken(folder)
             time.sleep(0.05)
         with _unlocking(lock, path):
-            yield SharedFolder(folder, lock)
+            lock.seek(0)
+            if lock.read() != purpose.encode():
+                raise ValueError(
+                    f"output_dir: found a process at work in '{folder}' on something else, expected none; wait for it "
+                    "or choose another output_dir."
+                )
+            yield folder
 
 
-@dataclass(frozen=True, slots=True)
-class SharedFolder:
-    """A folder that processes share, see `shared_folder`."""
-
-    path: Path
-    _lock: IO
-
-    def alone(self) -> bool:
-        """Whether no other process is in the folder. If so none comes in until this one calls `admit`."""
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fcntl.flock(self._lock, fcntl.LOCK_SH)  # a change of lock that fails has given back the first
-            return False
-        return True
-
-    def admit(self) -> None:
-        """Let others come in again."""
-        fcntl.flock(self._lock, fcntl.LOCK_SH)
+def _join(folder, purpose):
+    """The lock of a folder that is shared; who comes first says what for. None if another has it alone."""
+    path = folder / LOCK_FILE
+    lock = _open_lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if lock is None:
+        return _open_lock(path, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    _remove_half_written(folder)
+    lock.truncate(0)
+    lock.write(purpose)
+    lock.flush()
+    fcntl.flock(lock, fcntl.LOCK_SH)  # not at once: another may have come between, so that all read it again
+    return lock
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Bad annotations, questions and images: a sentence or a counted skip, and nothing lost."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,16 @@ from bad_input import Bad, check, table
 from PIL import Image
 from tiny_world import edit, write
 
-PAIRS = ("metadata.json", "pairs.jsonl", "responses.jsonl", "skipped.jsonl")
+SHARD = "data/part-00000-of-00001.parquet"
+PAIRS = (
+    "README.md",
+    SHARD,
+    "manifest.json",
+    "metadata.json",
+    "parts/00000.json",
+    "parts/00000.jsonl",
+    "skipped.jsonl",
+)
 SKIPPED = "3 pairs in out (1 records skipped"
 CHAIR = "evaluate --kind chair --synonyms table.json"
 
@@ -264,12 +274,10 @@ def test_an_image_of_another_kind_is_bootstrapped_as_what_it_shows(world, capsys
         shows.save(world / f"images/{number}.png")
     plain = Bad("plain", lambda world: None, "bootstrap --noise_step null", "4 pairs", left=PAIRS, status=0)
     check(plain, world, capsys)
-    expected = (world / "out/pairs.jsonl").read_text()
-    for path in (world / "out").iterdir():
-        path.unlink()
-    (world / "out").rmdir()
+    expected = (world / "out" / SHARD).read_bytes()
+    shutil.rmtree(world / "out")
     clear = Image.new("RGBA", (16, 16), (0, 0, 0, 127))
     image = Image.new("I;16", (16, 16), 128 * 257) if kind == "16 bits" else clear
     image.save(world / "images/0.png")
     check(plain, world, capsys)
-    assert (world / "out/pairs.jsonl").read_text() == expected
+    assert (world / "out" / SHARD).read_bytes() == expected

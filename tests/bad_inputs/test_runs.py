@@ -15,8 +15,16 @@ from bpo_fast.runs.folder import locked_folder
 from bpo_fast.runs.journal import Journal
 
 ANSWERED = ("answers.jsonl", "metadata.json", "responses.jsonl", "scores.json", "skipped.jsonl")
-BOOTSTRAPPED = ("metadata.json", "pairs.jsonl", "responses.jsonl", "skipped.jsonl")
+SHARD, JOURNAL, DONE = "data/part-00000-of-00001.parquet", "parts/00000.jsonl", "parts/00000.json"
+BOOTSTRAPPED = ("README.md", SHARD, "manifest.json", "metadata.json", DONE, JOURNAL, "skipped.jsonl")
 LEFT = {"bootstrap": BOOTSTRAPPED, "evaluate": ANSWERED}
+JOURNALS = {"bootstrap": JOURNAL, "evaluate": "responses.jsonl"}
+
+
+def files(folder):
+    """Names of the files below a folder, hidden ones apart."""
+    found = (path.relative_to(folder) for path in Path(folder).rglob("*") if path.is_file())
+    return sorted(str(path) for path in found if not path.name.startswith("."))
 
 
 def run(command, *options):
@@ -33,11 +41,12 @@ def after(command, change):
     return prepare
 
 
-def line(number, content):
-    """A change: the line of the journal gets another content."""
+def line(number, content, journal="responses.jsonl"):
+    """A change: the line of the journal gets another content; a bootstrap has to look at it again."""
 
     def change(world):
-        path = world / "out/responses.jsonl"
+        path = world / "out" / journal
+        (world / "out" / DONE).unlink(missing_ok=True)
         lines = path.read_bytes().split(b"\n")
         lines[number - 1] = content
         path.write_bytes(b"\n".join(lines))
@@ -61,10 +70,10 @@ def question(number, **fields):
 @table(
     Bad(
         "garbage in the middle of the responses of a bootstrap",
-        after("bootstrap", line(2, b"garbage")),
+        after("bootstrap", line(2, b"garbage", JOURNAL)),
         "bootstrap",
-        "out/responses.jsonl, line 2: found 'garbage', expected a record of key, text, truncated, left; delete the",
-        left=BOOTSTRAPPED,
+        "out/parts/00000.jsonl, line 2: found 'garbage', expected a record of key, id, kind, made, left; delete the line",
+        left=tuple(name for name in BOOTSTRAPPED if name != DONE),
     ),
     Bad(
         "a response that is no object",
@@ -89,9 +98,9 @@ def question(number, **fields):
     ),
     Bad(
         "a file of another kind where the responses were",
-        after("bootstrap", content("out/responses.jsonl", b"\x89PNG rest")),
-        "bootstrap",
-        "out/responses.jsonl, line 1: found ",
+        after("bootstrap", content(f"out/{JOURNAL}", b"\x89PNG rest")),
+        "bootstrap --max_response_words 300",
+        "out/parts/00000.jsonl, line 1: found ",
         left=BOOTSTRAPPED,
     ),
     *(
@@ -109,13 +118,13 @@ def question(number, **fields):
         after("bootstrap", lambda world: (world / "out/metadata.json").unlink()),
         "bootstrap",
         "output_dir: found files but no metadata.json in 'out', expected this run or an empty folder; choose another",
-        left=("pairs.jsonl", "responses.jsonl", "skipped.jsonl"),
+        left=tuple(name for name in BOOTSTRAPPED if name != "metadata.json"),
     ),
     Bad(
         "another option in the folder of a run",
         after("bootstrap", lambda world: None),
         "bootstrap --noise_step 600",
-        "output_dir: found another run in 'out' (noise_step is 500 there and 600 here), expected this run or an empty",
+        "output_dir: found another run in 'out' (image_weakened.steps is [500] there and [600] here), expected this run or an empty",
         left=BOOTSTRAPPED,
     ),
     Bad(
@@ -234,7 +243,7 @@ def test_the_corrected_command_runs_after_a_mistake(command, options, sentence, 
     assert sentence in capsys.readouterr().err
     assert not Path("out").exists()
     assert run(command) == 0
-    assert sorted(path.name for path in Path("out").iterdir()) == sorted(LEFT[command])
+    assert files("out") == sorted(LEFT[command])
 
 
 @pytest.mark.parametrize("command", ["bootstrap", "evaluate"])
@@ -242,6 +251,8 @@ def test_a_second_process_in_a_folder_is_refused_before_any_work(command, world,
     for taken in (False, True):  # an empty folder, and that of a run
         with locked_folder("out"), monkeypatch.context() as patch:
             patch.setattr("bpo_fast.answers.batches.unreadable_images", lambda *_: pytest.fail("began to work"))
+            patch.setattr("bpo_fast.bootstrap.work.Worker.make_all", lambda *_: pytest.fail("began to work"))
+            patch.setattr("bpo_fast.runs.folder.LONGEST_START", 0.1)
             assert run(command) == 2
         error = capsys.readouterr().err
         assert "output_dir: found another process at work in 'out', expected none; wait for it or" in error
@@ -252,14 +263,14 @@ def test_a_second_process_in_a_folder_is_refused_before_any_work(command, world,
 @pytest.mark.parametrize("command", ["bootstrap", "evaluate"])
 def test_the_line_that_is_named_can_be_deleted(command, world, capsys):
     assert run(command) == 0
-    before = {path.name: path.read_bytes() for path in Path("out").iterdir() if path.name != "responses.jsonl"}
-    line(2, b"garbage")(world)
+    journal = Path("out", JOURNALS[command])
+    before = {name: Path("out", name).read_bytes() for name in files("out") if name != JOURNALS[command]}
+    line(2, b"garbage", JOURNALS[command])(world)
     assert run(command) == 2
-    journal = Path("out/responses.jsonl")
     lines = journal.read_bytes().split(b"\n")
     journal.write_bytes(b"\n".join([lines[0], *lines[2:]]))
     assert run(command) == 0
-    assert {path.name: path.read_bytes() for path in Path("out").iterdir() if path.name != "responses.jsonl"} == before
+    assert {name: Path("out", name).read_bytes() for name in files("out") if name != JOURNALS[command]} == before
     assert "finished already" not in capsys.readouterr().err
     assert len(journal.read_bytes().splitlines()) == 4
 
@@ -280,11 +291,13 @@ def test_a_signal_ends_a_run_at_once_and_it_goes_on(command, signum, world, caps
         assert run(command) == 128 + signum
     error = capsys.readouterr().err
     assert error.splitlines()[-1] == "bpo-fast: interrupted; the same command resumes where this one stopped."
-    assert sorted(path.name for path in Path("out").iterdir()) == ["metadata.json", "responses.jsonl"]
-    kept = Path("out/responses.jsonl").read_bytes()
+    journal = Path("out", JOURNALS[command])
+    assert files("out") == ["metadata.json", JOURNALS[command]]
+    assert not [path for path in Path("out").iterdir() if path.name.startswith(".")]
+    kept = journal.read_bytes()
     assert [json.loads(each)["left"] for each in kept.splitlines()] == [1, 0]
     assert run(command) == 0
-    assert Path("out/responses.jsonl").read_bytes().startswith(kept)
+    assert journal.read_bytes().startswith(kept)
     assert cli.main([command, "--config", "run.yaml", "--output_dir", "whole"]) == 0
     for name in LEFT[command]:
         assert Path("out", name).read_bytes() == Path("whole", name).read_bytes()
@@ -306,9 +319,9 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on(world, capsys, monkeypa
         assert run("bootstrap") == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error == (
-        "bpo-fast: error: out/responses.jsonl: found that it cannot be written (No space left on device), expected "
+        "bpo-fast: error: out/parts/00000.jsonl: found that it cannot be written (No space left on device), expected "
         "room and permission for it; see to that and give the same command again, or choose another folder."
     )
-    assert len(Path("out/responses.jsonl").read_bytes().splitlines()) == 2
+    assert len(Path("out", JOURNAL).read_bytes().splitlines()) == 2
     assert run("bootstrap") == 0
-    assert len(Path("out/responses.jsonl").read_bytes().splitlines()) == 4
+    assert len(Path("out", JOURNAL).read_bytes().splitlines()) == 4

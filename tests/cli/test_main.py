@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from bpo_fast.cli import main as cli
 from bpo_fast.cli.options import TrainArguments
+from bpo_fast.data import load_preference_dataset
 from bpo_fast.losses.config import LOSS_OPTIONS
 from bpo_fast.train.options import REFUSED
 from bpo_fast.train.trainer import BPOConfig, BPOTrainer
@@ -71,7 +72,7 @@ def same(first, second):
 def test_from_annotations_to_scores(world, capsys):
     assert run("bootstrap", "--output_dir", "pairs", "--dtype", "float32", *BOOTSTRAP) == 0
     shared = "--config run.yaml --dtype float32"
-    cut = sum(json.loads(line)["rejected_truncated"] for line in Path("pairs/pairs.jsonl").read_text().splitlines())
+    cut = sum(load_preference_dataset("pairs")["rejected_truncated"])
     assert last_line(capsys.readouterr().out) == (
         f"3 pairs in pairs (1 records skipped, see skipped.jsonl; {cut} rejected responses were cut at "
         f"max_new_tokens). Next: bpo-fast train {shared} --dataset pairs --output_dir ADAPTER"

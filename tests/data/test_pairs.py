@@ -205,6 +205,6 @@ def test_what_is_not_a_set_of_pairs(pairs, tmp_path):
         load_preference_dataset(pairs / "pairs.json")
     (pairs / "pairs.jsonl").unlink()
     with pytest.raises(
-        ValueError, match=r"dataset: found an unfinished bootstrap in .*, expected pairs\.jsonl; run the same"
+        ValueError, match=r"dataset: found an unfinished bootstrap in .*, expected manifest\.json; run the same"
     ):
         load_preference_dataset(pairs)

@@ -40,9 +40,9 @@ MUTATIONS = [
     ),
     Mutation(
         "pairs of an earlier selection kept beside new responses",
-        "bpo_fast/answers/batches.py",
-        "                    (folder / name).unlink(missing_ok=True)\n",
-        "                    pass\n",
+        "bpo_fast/bootstrap/job.py",
+        "                (self.folder / name).unlink(missing_ok=True)\n",
+        "                pass\n",
         "tests/bootstrap/test_run.py::test_a_run_that_goes_on_is_unfinished_until_its_pairs_are_whole",
     ),
     Mutation(

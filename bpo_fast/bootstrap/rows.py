@@ -1,0 +1,127 @@
+"""Responses to rows of a shard, and what is left out of it with its reason."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from bpo_fast.bootstrap.job import Job
+from bpo_fast.bootstrap.maker import Made, Maker
+from bpo_fast.bootstrap.parts import Part
+from bpo_fast.data.annotations import Annotation, check_response
+from bpo_fast.data.images import image_path
+from bpo_fast.runs.files import json_text
+
+_DECODING = ("max_new_tokens", "do_sample", "temperature", "top_p")
+
+
+@dataclass
+class Outcome:
+    """What has become of a part's responses.
+
+    Attributes:
+        kinds, sources: pairs of each.
+        rejected_truncated: pairs whose rejected response was cut at max_new_tokens.
+        skipped: a record for each response that makes no pair.
+    """
+
+    kinds: Counter = field(default_factory=Counter)
+    sources: Counter = field(default_factory=Counter)
+    rejected_truncated: int = 0
+    skipped: list[dict] = field(default_factory=list)
+
+
+def part_rows(
+    job: Job,
+    part: Part,
+    found: Mapping[tuple[Annotation, str], list[Made] | str],
+    settings: Mapping[str, Any],
+    outcome: Outcome,
+) -> Iterator[dict[str, Any]]:
+    """The rows of a part's shard, in the order of samples, kinds, responses.
+
+    Args:
+        job: of the run.
+        part: of it.
+        found: (sample, kind) -> its responses, or why there are none.
+        settings: those that the folder keeps.
+        outcome: is told of each response.
+    """
+    provenance = {maker.kind: _provenance(maker, settings) for maker in job.makers}
+    for sample in part.samples:
+        for maker in job.makers:
+            responses = found[sample, maker.kind]
+            if isinstance(responses, str):
+                outcome.skipped.append(_skip(sample, maker.kind, "", responses))
+                continue
+            if not responses:
+                outcome.skipped.append(_skip(sample, maker.kind, "", "no response of this kind"))
+            for made in responses:
+                try:
+                    _check(sample, made, job)
+                except ValueError as reason:
+                    outcome.skipped.append(_skip(sample, maker.kind, made.variant, str(reason)))
+                    continue
+                outcome.kinds[maker.kind] += 1
+                outcome.sources[sample.source] += 1
+                outcome.rejected_truncated += made.truncated
+                yield _row(sample, made, job) | {"rejected_type": maker.kind, **provenance[maker.kind]}
+
+
+def _check(sample, made, job):
+    """Raise ValueError with the reason if a response makes no pair."""
+    if made.chosen is not None:
+        check_response(made.chosen, job.max_response_words)
+    if made.rejected is not None:
+        check_response(made.rejected, job.max_response_words)
+        if made.rejected == (sample.answer if made.chosen is None else made.chosen):
+            raise ValueError("a rejected response identical to the chosen one")
+
+
+def _row(sample: Annotation, made: Made, job: Job) -> dict[str, Any]:
+    details = dict(made.details)
+    return {
+        "images": [image_path(job.image_folders[sample.source], sample.image).resolve()],
+        "prompt": sample.prompt,
+        "chosen": _answer(sample.answer if made.chosen is None else made.chosen),
+        "rejected": None if made.rejected is None else _answer(made.rejected),
+        "variant": made.variant,
+        "rejected_truncated": made.truncated,
+        "source": sample.source,
+        "id": sample.id,
+        "image_name": sample.image,
+        "step": details.get("step"),
+        "details": json_text(details, sort_keys=True),
+    }
+
+
+def _answer(text):
+    return [{"role": "assistant", "content": [{"type": "text", "text": text}]}]
+
+
+def _provenance(maker: Maker, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What the pairs of a kind have in common."""
+    own = maker.settings()
+    model = own.get("model")
+    if maker.needs_model:
+        parts = [settings[name]["weights"] for name in ("model", "adapter") if settings[name] is not None]
+        model = " with adapter ".join(parts)
+    decoding = {name: own[name] for name in _DECODING if name in own}
+    return {
+        "seed": own.get("seed"),
+        "schedule": own.get("schedule"),
+        "template_version": own.get("template_version"),
+        "model": model,
+        "decoding": json_text(decoding) if decoding else None,
+    }
+
+
+def _skip(sample, kind, variant, reason):
+    return {
+        "source": sample.source,
+        "record": sample.record,
+        "id": sample.id,
+        "kind": kind,
+        "variant": variant,
+        "reason": reason,
+    }

@@ -1,0 +1,193 @@
+"""One process's work on the parts of a run: what is missing is made, batch by batch, and a part's shard written."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Any
+
+from PIL import Image
+
+from bpo_fast.answers.images import read_ahead
+from bpo_fast.bootstrap.job import Job
+from bpo_fast.bootstrap.kept import FIELDS, Kept
+from bpo_fast.bootstrap.maker import Made, Maker
+from bpo_fast.bootstrap.parts import Part
+from bpo_fast.bootstrap.progress import Progress
+from bpo_fast.bootstrap.rows import Outcome, part_rows
+from bpo_fast.data.annotations import Annotation
+from bpo_fast.data.parquet import write_shard
+from bpo_fast.runs.files import read_json, write_json
+from bpo_fast.runs.folder import held
+from bpo_fast.runs.journal import Journal
+
+# Seconds between two looks at the parts that other processes work on.
+POLL = 1.0
+
+
+class Worker:
+    """Makes parts with one model, which is loaded for the first response that is missing.
+
+    Args:
+        job: what is made.
+        progress: is told of every response.
+    """
+
+    def __init__(self, job: Job, progress: Progress):
+        self._job, self._progress = job, progress
+        self._kept, self._model, self._settings = Kept(job.folder), None, None
+        self._was_training, self._results = False, {}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self._model:
+            self._model[0].train(self._was_training)
+
+    @property
+    def has_written(self) -> bool:
+        """Whether something was missing."""
+        return self._settings is not None
+
+    def make_all(self, parts: Sequence[Part]) -> None:
+        """Make every part that no other process makes, and wait for those that others do.
+
+        A part whose process ends before the part is whole is taken over, and goes on after its last batch.
+        """
+        waiting = list(parts)
+        while waiting:
+            waiting, before = [part for part in waiting if not self.make(part)], len(waiting)
+            if len(waiting) == before:
+                time.sleep(POLL)
+
+    def make(self, part: Part) -> bool:
+        """Make a part, unless it is done or another process works on it.
+
+        Returns:
+            Whether the part is done.
+        """
+        responses = len(part.samples) * len(self._job.makers)
+        if self._is_done(part):
+            self._progress.known(responses)
+            return True
+        with held(part.lock, wait=False) as mine:
+            if not mine:
+                return False
+            if self._is_done(part):  # by now
+                self._progress.known(responses)
+            else:
+                self._make(part)
+        return True
+
+    def _is_done(self, part):
+        done = read_done(part)
+        return done is not None and done["result"] == self._result(part)
+
+    def _result(self, part):
+        if part.number not in self._results:
+            self._results[part.number] = self._job.result(part)
+        return self._results[part.number]
+
+    def _make(self, part):
+        kept = self._job.check()
+        if kept is not None and kept.get("layout") != self._job.layout:
+            self._begin()  # before a journal is opened that this sets aside
+        with Journal(part.journal, FIELDS) as journal:
+            faults: dict[str, str] = {}
+            for maker in self._job.makers:
+                self._make_kind(part, maker, journal, faults)
+            self._begin()
+            self._write(part, journal, faults)
+
+    def _make_kind(self, part: Part, maker: Maker, journal: Journal, faults: dict[str, str]) -> None:
+        keys = {key: sample for sample, each, key in self._job.keys(part) if each is maker}
+        missing = {key: sample for key, sample in keys.items() if self._record(key, journal) is None}
+        self._progress.known(len(part.samples) - len(missing))
+        # Answers of like length share a batch, the longest first: less waiting for one long answer, and a batch too
+        # large for the memory fails at once and not after hours.
+        items = sorted(missing.items(), key=lambda item: -len(item[1].answer))
+        for batch in self._readable(items, faults):
+            keys, samples, images = zip(*batch, strict=True)
+            model, processor = self._load() if maker.needs_model else (None, None)
+            self._begin()
+            made = maker.make(model, processor, samples, images if maker.needs_images else [None] * len(images))
+            records = zip(keys, samples, made, strict=True)
+            journal.append(
+                [
+                    {"key": key, "id": sample.id, "kind": maker.kind, "made": list(map(_plain, each))}
+                    for key, sample, each in records
+                ]
+            )
+            self._progress.made(len(batch), self._tokens(made))
+
+    def _readable(
+        self, items: Sequence[tuple[str, Annotation]], faults: dict[str, str]
+    ) -> Iterator[list[tuple[str, Annotation, Image.Image]]]:
+        """Batches of those whose image can be read; `faults` gets what is wrong with the others'."""
+        folders, size = self._job.image_folders, self._job.batch_size
+        names = ((folders[sample.source], sample.image) for _, sample in items)
+        batch = []
+        for (key, sample), image in zip(items, read_ahead(names, 2 * size), strict=True):
+            if isinstance(image, ValueError):
+                faults[key] = str(image)
+                self._progress.known(1)
+                continue
+            batch.append((key, sample, image))
+            if len(batch) == size:
+                yield batch
+                batch = []
+        if batch:
+            yield batch
+
+    def _record(self, key, journal):
+        return journal.records.get(key) or self._kept.get(key)
+
+    def _load(self):
+        if self._model is None:
+            model, processor = self._job.given.load()
+            for maker in self._job.makers:
+                if maker.needs_model:
+                    maker.check(model, processor)
+            self._model, self._was_training = (model, processor), model.training
+            model.eval()
+        return self._model
+
+    def _begin(self):
+        if self._settings is None:
+            self._settings = self._job.begin()
+
+    def _tokens(self, made):
+        if self._model is None:
+            return 0
+        texts = [each.rejected for responses in made for each in responses if each.rejected]
+        return sum(map(len, self._model[1].tokenizer(texts)["input_ids"])) if texts else 0
+
+    def _write(self, part: Part, journal: Journal, faults: Mapping[str, str]) -> None:
+        found = {}
+        for sample, maker, key in self._job.keys(part):
+            record = self._record(key, journal)
+            found[sample, maker.kind] = faults[key] if record is None else [Made(**each) for each in record["made"]]
+        outcome = Outcome()
+        rows = part_rows(self._job, part, found, self._settings, outcome)
+        shard = write_shard(part.shard, rows, embed_images=self._job.embed_images)
+        write_json(part.done, {"result": self._result(part), **asdict(shard), **vars(outcome)})
+
+
+def read_done(part: Part) -> dict[str, Any] | None:
+    """What a part's record says, whose shard is whole; None if there is none."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        done = read_json(part.done)
+        if part.shard.stat().st_size == done["bytes"]:
+            return done
+    return None
+
+
+def _plain(made: Made) -> dict[str, Any]:
+    return {
+        "rejected": made.rejected,
+        "truncated": made.truncated,
+        "variant": made.variant,
+        "chosen": made.chosen,
+        "details": dict(made.details),
+    }
