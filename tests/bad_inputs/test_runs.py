@@ -72,7 +72,7 @@ def question(number, **fields):
         "garbage in the middle of the responses of a bootstrap",
         after("bootstrap", line(2, b"garbage", JOURNAL)),
         "bootstrap",
-        "out/parts/00000.jsonl, line 2: found 'garbage', expected a record of key, id, kind, made, left; delete the line",
+        "out/parts/00000.jsonl, line 2: found 'garbage', expected a record of key, id, kind, made, left; delete",
         left=tuple(name for name in BOOTSTRAPPED if name != DONE),
     ),
     Bad(
@@ -124,7 +124,7 @@ def question(number, **fields):
         "another option in the folder of a run",
         after("bootstrap", lambda world: None),
         "bootstrap --noise_step 600",
-        "output_dir: found another run in 'out' (image_weakened.steps is [500] there and [600] here), expected this run or an empty",
+        "output_dir: found another run in 'out' (image_weakened.steps is [500] there and [600] here), expected",
         left=BOOTSTRAPPED,
     ),
     Bad(
