@@ -59,7 +59,7 @@ def _manifest(job: Job, done: Sequence[Mapping[str, Any]], skipped: Sequence[dic
     asked = {maker.kind for maker in job.makers}
     return {
         "settings": {name: value for name, value in settings.items() if setting_owner(name) in {*asked, "model"}},
-        "max_response_words": job.max_response_words,
+        "filters": asdict(job.filters),
         "embed_images": job.embed_images,
         "rows_per_part": job.rows_per_part,
         **job.selection,

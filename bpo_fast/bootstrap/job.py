@@ -1,12 +1,13 @@
 """All that decides what a run writes, and its claim on the folder that it writes to."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from bpo_fast.answers.given import GivenModel
+from bpo_fast.bootstrap.filters import FilterOptions
 from bpo_fast.bootstrap.kept import set_aside
 from bpo_fast.bootstrap.maker import Maker
 from bpo_fast.bootstrap.parts import DATA_FOLDER, PARTS_FOLDER, Part, cut, layout, made_key
@@ -31,7 +32,7 @@ class Job:
         given: the model.
         batch_size: samples a batch. It decides nothing that is written.
         rows_per_part: samples a part.
-        max_response_words: pairs with a longer response are left out.
+        filters: what pairs are left out.
         embed_images: shards hold the images themselves.
         selection: how the samples were selected, for the manifest.
     """
@@ -45,7 +46,7 @@ class Job:
     given: GivenModel
     batch_size: int
     rows_per_part: int
-    max_response_words: int | None
+    filters: FilterOptions
     embed_images: bool
     selection: Mapping[str, Any]
 
@@ -67,7 +68,7 @@ class Job:
 
     def _writing(self):
         """What decides how pairs are made of responses."""
-        return [self.max_response_words, self.embed_images, dict(self.image_folders)]
+        return [asdict(self.filters), self.embed_images, dict(self.image_folders)]
 
     def settings(self) -> dict[str, Any]:
         """What decides the responses: of each kind, under its name, and of the model where a kind needs one.

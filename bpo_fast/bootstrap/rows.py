@@ -5,10 +5,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from bpo_fast.bootstrap.filters import check
 from bpo_fast.bootstrap.job import Job
 from bpo_fast.bootstrap.maker import Made, Maker
 from bpo_fast.bootstrap.parts import Part
-from bpo_fast.data.annotations import Annotation, check_response
+from bpo_fast.data.annotations import Annotation
 from bpo_fast.data.images import image_path
 from bpo_fast.runs.files import json_text
 
@@ -57,25 +58,13 @@ def part_rows(
             if not responses:
                 outcome.skipped.append(_skip(sample, maker.kind, "", "no response of this kind"))
             for made in responses:
-                try:
-                    _check(sample, made, job)
-                except ValueError as reason:
-                    outcome.skipped.append(_skip(sample, maker.kind, made.variant, str(reason)))
+                if reason := check(sample, made, job.filters):
+                    outcome.skipped.append(_skip(sample, maker.kind, made.variant, reason))
                     continue
                 outcome.kinds[maker.kind] += 1
                 outcome.sources[sample.source] += 1
                 outcome.rejected_truncated += made.truncated
                 yield _row(sample, made, job) | {"rejected_type": maker.kind, **provenance[maker.kind]}
-
-
-def _check(sample, made, job):
-    """Raise ValueError with the reason if a response makes no pair."""
-    if made.chosen is not None:
-        check_response(made.chosen, job.max_response_words)
-    if made.rejected is not None:
-        check_response(made.rejected, job.max_response_words)
-        if made.rejected == (sample.answer if made.chosen is None else made.chosen):
-            raise ValueError("a rejected response identical to the chosen one")
 
 
 def _row(sample: Annotation, made: Made, job: Job) -> dict[str, Any]:

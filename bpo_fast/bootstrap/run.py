@@ -7,6 +7,7 @@ default the model's own answer to the same question about the weakened image (BP
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from datasets import Dataset
 
 from bpo_fast.answers.given import GivenModel
 from bpo_fast.answers.sampling import GenerationSettings, check_count
+from bpo_fast.bootstrap.filters import FilterOptions
 from bpo_fast.bootstrap.finish import finish
 from bpo_fast.bootstrap.image_weakened import ImageWeakened
 from bpo_fast.bootstrap.job import Job
@@ -49,6 +51,7 @@ def bootstrap(
     adapter: str | os.PathLike | None = None,
     model_init_kwargs: dict | None = None,
     kinds: Sequence[Maker] | None = None,
+    filters: FilterOptions | None = None,
     rows_per_part: int = 1024,
     embed_images: bool = False,
 ) -> Dataset:
@@ -84,6 +87,7 @@ def bootstrap(
             and adapter are kept in the settings, so that responses of one are not taken for another's.
         model_init_kwargs: further arguments of `bpo_fast.models.load.load_model` where `model` is a path.
         kinds: of negatives, each with its options, in place of the one that the noise and decoding describe.
+        filters: further reasons to leave a pair out, see `bpo_fast.bootstrap.filters`; None takes the default ones.
         rows_per_part: annotations that one process takes at a time, and that one shard holds.
         embed_images: put the images' files into the shards, in place of their paths.
 
@@ -115,6 +119,7 @@ def bootstrap(
             kinds = [SelfGenerated(seed, decoding)]
         else:
             kinds = [ImageWeakened(noise_target, noise_step, schedule, seed, decoding)]
+    filters = replace(filters or FilterOptions(), max_response_words=max_response_words)
     samples, skipped = read_annotations(annotations, image_folder, max_response_words=max_response_words)
     num_records = len(samples) + len(skipped)
     samples.sort(key=lambda sample: (draw(seed, sample), sample.record))
@@ -129,7 +134,7 @@ def bootstrap(
         given=GivenModel(model, processor, adapter, _on_own_device(model_init_kwargs or {})),
         batch_size=batch_size,
         rows_per_part=rows_per_part,
-        max_response_words=max_response_words,
+        filters=filters,
         embed_images=embed_images,
         selection={"max_samples": max_samples, "seed": seed},
     )

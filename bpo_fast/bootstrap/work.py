@@ -36,7 +36,7 @@ class Worker:
     def __init__(self, job: Job, progress: Progress):
         self._job, self._progress = job, progress
         self._kept, self._model, self._settings = Kept(job.folder), None, None
-        self._was_training, self._results = False, {}
+        self._was_training, self._results, self._tried = False, {}, set()
 
     def __enter__(self):
         return self
@@ -109,7 +109,7 @@ class Worker:
         items = sorted(missing.items(), key=lambda item: -len(item[1].answer))
         for batch in self._readable(items, faults):
             keys, samples, images = zip(*batch, strict=True)
-            model, processor = self._load() if maker.needs_model else (None, None)
+            model, processor = self._ready(maker)
             self._begin()
             made = maker.make(model, processor, samples, images if maker.needs_images else [None] * len(images))
             records = zip(keys, samples, made, strict=True)
@@ -143,15 +143,17 @@ class Worker:
     def _record(self, key, journal):
         return journal.records.get(key) or self._kept.get(key)
 
-    def _load(self):
-        if self._model is None:
-            model, processor = self._job.given.load()
-            for maker in self._job.makers:
-                if maker.needs_model:
-                    maker.check(model, processor)
-            self._model, self._was_training = (model, processor), model.training
-            model.eval()
-        return self._model
+    def _ready(self, maker):
+        """The model and processor for a kind, tried once; None each where it needs none."""
+        if maker.needs_model and self._model is None:
+            self._model = self._job.given.load()
+            self._was_training = self._model[0].training
+            self._model[0].eval()
+        found = self._model if maker.needs_model else (None, None)
+        if maker.kind not in self._tried:
+            maker.check(*found)
+            self._tried.add(maker.kind)
+        return found
 
     def _begin(self):
         if self._settings is None:
@@ -190,4 +192,5 @@ def _plain(made: Made) -> dict[str, Any]:
         "variant": made.variant,
         "chosen": made.chosen,
         "details": dict(made.details),
+        "fault": made.fault,
     }

@@ -97,7 +97,7 @@ def test_what_is_left_out_is_counted_and_listed(tiny_llava, annotated, tmp_path)
     assert list(skipped) == ["r2", "r4", "r5", "r6"]
     assert "2.png: found a file that cannot be decoded" in skipped["r2"]
     assert skipped["r4"] == "image 4.png does not exist"
-    assert skipped["r5"] == "a rejected response identical to the chosen one"
+    assert skipped["r5"] == "identical: responses that differ in case, punctuation and space at most"
     assert skipped["r6"] == "a response of 400 words, over max_response_words=350"
     manifest = read_json(tmp_path / "out" / "manifest.json")
     counts = manifest["counts"]
@@ -111,16 +111,17 @@ def test_what_is_left_out_is_counted_and_listed(tiny_llava, annotated, tmp_path)
 def test_rejected_responses_that_are_too_long_or_empty_are_left_out(tiny_llava, annotated, tmp_path):
     model, processor = tiny_llava
     with pytest.raises(
-        ValueError, match=r"annotations: found no pair in 7 records \(\d with a response of .*; see .*skipped\.jsonl"
+        ValueError,
+        match=r"annotations: found no pair in 7 records \(\d with too_long: a response of .*; see .*skipped\.jsonl",
     ):
         bootstrap(model, processor, *annotated, tmp_path / "out", **OPTIONS, max_response_words=1)
     reasons = [skip["reason"] for skip in read_json(tmp_path / "out" / "skipped.jsonl")]
     assert len(reasons) == 7
-    assert any(reason.startswith("a response of") for reason in reasons)
+    assert any(reason.startswith("too_long: a response of") for reason in reasons)
     model.generation_config.eos_token_id = list(range(len(processor.tokenizer)))  # whatever comes first ends
     model.lm_head.weight.data.zero_()  # and the first is the padding token, which is no text
     with pytest.raises(
-        ValueError, match=r"annotations: found no pair in 7 records \(5 with an empty response\), expected"
+        ValueError, match=r"annotations: found no pair in 7 records \(5 with empty: an empty response\), expected"
     ):
         bootstrap(model, processor, *annotated, tmp_path / "empty", **OPTIONS)
     assert not (tmp_path / "empty" / "manifest.json").exists()
@@ -293,7 +294,7 @@ def test_another_limit_of_words_costs_no_response(tiny_llava, annotated, tmp_pat
     again = bootstrap(*tiny_llava, records, annotated[1], out, **OPTIONS)
     assert again.to_dict() == whole.to_dict()
     with pytest.raises(
-        ValueError, match=r"found no pair in 7 records \(4 with a response of \d words, over max_response"
+        ValueError, match=r"found no pair in 7 records \(4 with too_long: a response of \d words, over max_response"
     ):
         bootstrap(*tiny_llava, records, annotated[1], out, **OPTIONS, max_response_words=4)
     assert not (out / "manifest.json").exists()  # which would be those of another limit
