@@ -9,12 +9,10 @@ from bpo_fast.bootstrap.card import write_card
 from bpo_fast.bootstrap.job import Job, setting_owner
 from bpo_fast.bootstrap.parts import DATA_FOLDER, PARTS_FOLDER
 from bpo_fast.bootstrap.work import read_done
-from bpo_fast.data.pairs import MANIFEST_FILE, METADATA_FILE
+from bpo_fast.data.pairs import MANIFEST_FILE, METADATA_FILE, SKIPPED_FILE
 from bpo_fast.runs.files import read_json, write_json, write_jsonl
 from bpo_fast.runs.fingerprint import fingerprint
 from bpo_fast.runs.folder import held
-
-SKIPPED_FILE = "skipped.jsonl"
 
 
 def finish(job: Job) -> dict[str, Any]:

@@ -113,4 +113,5 @@ def _skip(sample, kind, variant, reason):
         "kind": kind,
         "variant": variant,
         "reason": reason,
+        "cause": reason.partition(":")[0],
     }

@@ -35,8 +35,7 @@ def bootstrap(argv: Sequence[str]) -> None:
 
     (arguments,) = parse_arguments([BootstrapArguments], argv, command="bootstrap", description=bootstrap.__doc__)
     from bpo_fast.bootstrap import bootstrap as make_pairs
-    from bpo_fast.bootstrap.finish import SKIPPED_FILE
-    from bpo_fast.data.pairs import MANIFEST_FILE
+    from bpo_fast.data.pairs import MANIFEST_FILE, SKIPPED_FILE
     from bpo_fast.runs.files import read_json
 
     load_options = arguments.load_options()
