@@ -23,7 +23,7 @@ LIMIT = 200  # MiB
 SIZES = (1_000, 1_000_000)
 FILES = ("records.json", "records.jsonl", "records.parquet", "saved")
 WORK = ("iterate", "draw", "skip")
-WORDS = "a the red blue circle square left right of above below small large two three dark with and is there".split()
+WORDS = ("red", "blue", "a circle", "a square", "left of", "right of", "above", "two", "three", "dark", "with", "and")
 
 
 def records(count):

@@ -4,6 +4,7 @@ import difflib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -80,7 +81,12 @@ class Source:
         _check_names(self.columns, {item.name for item in fields(Columns)}, "columns")
         Columns(**self.columns)
 
-    @property
+    @cached_property
+    def keys(self) -> Columns:
+        """Where its records keep what."""
+        return Columns(**self.columns)
+
+    @cached_property
     def folder(self) -> str | os.PathLike | None:
         """The folder of the images; None where there can be none, since they are embedded."""
         if self.image_folder is None and not isinstance(self.annotations, list) and Path(self.annotations).exists():
@@ -103,7 +109,7 @@ class Source:
         path = Path(self.annotations)
         if path.suffix in _JSON_SUFFIXES or (os.path.isfile(path) and path.suffix not in (".parquet", ".arrow")):
             return JsonRecords(path)
-        return TableRecords(self.annotations, Columns(**self.columns), split=self.split, subset=self.subset)
+        return TableRecords(self.annotations, self.keys, split=self.split, subset=self.subset)
 
     def samples_of(self, record: Any, number: int, max_response_words: int | None) -> list[Annotation | Skip]:
         """The samples of one of its records, as `read_record` makes them."""
@@ -111,7 +117,7 @@ class Source:
             record,
             number,
             self.folder,
-            columns=Columns(**self.columns),
+            columns=self.keys,
             turns=self.turns,
             max_response_words=max_response_words,
             source=self.name,

@@ -7,7 +7,13 @@ def is_text(value: object) -> bool:
     >>> is_text("a cat"), is_text(chr(0xD83D)), is_text(None)
     (True, False, False)
     """
-    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def printable(text: str) -> str:
