@@ -42,6 +42,9 @@ class LossConfig:
             in the gradient.
         discopop_tau: temperature of "discopop", positive.
         simpo_gamma: margin of "simpo", at least 0.
+        mdpo_conditional_weight: weight of "mdpo"'s second term, which prefers the image to the weakened one; positive.
+        mdpo_anchor_weight: weight of its third, which holds up the chosen response; at least 0.
+        mdpo_anchor: reward (beta times the log-ratio) that the third term asks of the chosen response.
 
     Raises:
         TypeError, ValueError: an option of the wrong kind, out of its range, or at odds with another.
@@ -77,6 +80,15 @@ class LossConfig:
     use_weighting: bool = field(**_option(False, "Weigh pairs by their likelihood (WPO)."))
     discopop_tau: float = field(**_option(0.05, "Temperature of discopop.", "a positive number", lambda x: x > 0))
     simpo_gamma: float = field(**_option(0.5, "Margin of simpo.", "a number of at least 0", lambda x: x >= 0))
+    mdpo_conditional_weight: float = field(
+        **_option(1.0, "Weight of mdpo's term of the weakened image.", "a positive number", lambda x: x > 0)
+    )
+    mdpo_anchor_weight: float = field(
+        **_option(1.0, "Weight of mdpo's anchor.", "a number of at least 0", lambda x: x >= 0)
+    )
+    mdpo_anchor: float = field(
+        **_option(0.0, "Reward that mdpo's anchor asks of the chosen response.", "a finite number", lambda x: True)
+    )
 
     @property
     def loss_types(self) -> tuple[str, ...]:
@@ -92,6 +104,16 @@ class LossConfig:
     def needs_reference(self) -> bool:
         """Whether one of the losses reads the reference."""
         return not losses_that("reference_free").issuperset(self.loss_types)
+
+    @property
+    def reads_weakened(self) -> bool:
+        """Whether one of the losses reads the chosen response after the weakened image."""
+        return not losses_that("reads_weakened").isdisjoint(self.loss_types)
+
+    @property
+    def responses_per_pair(self) -> int:
+        """Chosen and rejected; a third, the chosen one after the weakened image, where a loss reads it."""
+        return 3 if self.reads_weakened else 2
 
     @property
     def is_plain_sigmoid(self) -> bool:

@@ -19,19 +19,25 @@ from bpo_fast.ops.rows import TokenStatistics
 from bpo_fast.ops.token_logps import sequence_logps
 
 
-def _check_pairs(name, value, last, labels, ref_name, reference, ref_logps):
-    """The checks that both DPO losses share: `value` is [2B, T, last], the reference fits, at most one is given."""
-    check_tensor(name, value, ("2B", "T", last))
-    if not len(value) or len(value) % 2:
+def _check_pairs(name, value, last, labels, ref_name, reference, ref_logps, token_weights, config):
+    """The checks that both DPO losses share: `value` is [RB, T, last], the reference fits, at most one is given."""
+    count = config.responses_per_pair
+    check_tensor(name, value, (f"{count}B", "T", last))
+    if not len(value) or len(value) % count:
+        last_ones = ", then the B chosen ones after their weakened images" if config.reads_weakened else ""
         raise ValueError(
-            f"{name}: found shape {list(value.shape)}, expected [2B, T, {last}]; give B chosen sequences, then B "
-            "rejected ones, B at least 1."
+            f"{name}: found shape {list(value.shape)}, expected [{count}B, T, {last}]; give B chosen sequences, then "
+            f"B rejected ones{last_ones}, B at least 1."
         )
     if not value.shape[2]:
         raise ValueError(f"{name}: found shape {list(value.shape)}, expected {last} of at least 1.")
     check_indices("labels", labels, value.shape[:2])
     check_same("labels", labels, name, value)
-    _check_labelled(labels)
+    _check_labelled(labels, config)
+    if token_weights is not None:
+        check_tensor("token_weights", token_weights, tuple(labels.shape))
+        check_device("token_weights", token_weights, name, value)
+        _check_weights(token_weights, labels)
     if reference is not None and ref_logps is not None:
         raise ValueError(f"{ref_name} and ref_logps: found both, expected one, or none for a reference-free loss.")
     if reference is not None:
@@ -42,10 +48,11 @@ def _check_pairs(name, value, last, labels, ref_name, reference, ref_logps):
         check_device("ref_logps", ref_logps, name, value)
 
 
-def _check_labelled(labels):
+def _check_labelled(labels, config):
     """Raise where a sequence has no label that is predicted: its log-prob would be 0, and its pair's loss of nothing.
 
-    Looks at the data: not on a GPU, which would have to be waited for, nor where torch.compile traces.
+    And where a chosen response has other tokens after its weakened image. Looks at the data: not on a GPU, which would
+    have to be waited for, nor where torch.compile traces.
     """
     if labels.is_cuda or torch.compiler.is_compiling():
         return
@@ -55,6 +62,25 @@ def _check_labelled(labels):
             f"labels: found none but {IGNORE_INDEX} after position 0 in sequence {', '.join(map(str, empty[:8]))} of "
             f"{len(labels)}, expected a response token in each; drop these pairs."
         )
+    if config.reads_weakened:
+        chosen, _, weakened = (part[part != IGNORE_INDEX].tolist() for part in labels[:, 1:].chunk(3))
+        if chosen != weakened:
+            raise ValueError(
+                "labels: found other tokens in the last third than in the first, expected the chosen responses again, "
+                "after their weakened images."
+            )
+
+
+def _check_weights(token_weights, labels):
+    """Raise for a weight of a predicted label that is no finite number of at least 0; where `_check_labelled` looks."""
+    if labels.is_cuda or torch.compiler.is_compiling():
+        return
+    read = token_weights[:, 1:][labels[:, 1:] != IGNORE_INDEX]
+    wrong = read[~((read >= 0) & read.isfinite())]
+    if len(wrong):
+        raise ValueError(
+            f"token_weights: found {wrong[0].item()}, expected finite numbers of at least 0 where a label is predicted."
+        )
 
 
 def _shifted(labels):
@@ -62,14 +88,18 @@ def _shifted(labels):
     return F.pad(labels[:, 1:].to(torch.int64), (0, min(1, labels.shape[1])), value=IGNORE_INDEX)
 
 
-def _padded_preference(found, ref_logps, targets, config, with_statistics):
+def _padded_preference(found, ref_logps, targets, config, with_statistics, token_weights):
     """The loss of padded sequences, whose last position predicts nothing, from their `SequenceLogps`.
 
-    `ref_logps` [2B] are the caller's own, or None.
+    `ref_logps` [RB] are the caller's own, or None, and so are the `token_weights` [RB, T] at the labels' positions.
     """
+    if token_weights is not None:
+        token_weights = F.pad(token_weights.detach()[:, 1:], (0, min(1, targets.shape[1])))
+        # What stands where nothing is predicted, a NaN even, is not read.
+        token_weights = torch.where(targets == IGNORE_INDEX, 0, token_weights).to(found.token_logps.dtype)
 
     def places():
-        pairs = torch.arange(len(targets), device=targets.device) % (len(targets) // 2)
+        pairs = torch.arange(len(targets), device=targets.device) % (len(targets) // config.responses_per_pair)
         return (targets != IGNORE_INDEX).cumsum(1) - 1, pairs[:, None]
 
     output = token_preference(
@@ -80,6 +110,7 @@ def _padded_preference(found, ref_logps, targets, config, with_statistics):
         logps=found.logps,
         ref_logps=ref_logps if found.ref_logps is None else found.ref_logps,
         statistics=found.statistics,
+        token_weights=token_weights,
     )
     statistics = TokenStatistics(*(values[:, :-1] for values in found.statistics)) if with_statistics else None
     return replace(output, token_logps=output.token_logps[:, :-1], statistics=statistics)
@@ -91,6 +122,7 @@ def dpo_loss(
     *,
     ref_logits: Tensor | None = None,
     ref_logps: Tensor | None = None,
+    token_weights: Tensor | None = None,
     logit_softcap: float | None = None,
     temperature: float = 1.0,
     beta: float = 0.1,
@@ -105,12 +137,17 @@ def dpo_loss(
 
     Args:
         policy_logits: [2B, T, V], the B chosen sequences first; float16, bfloat16, float32 or float64.
-            Log-probs and loss are computed in float32 (float64 for float64).
+            Log-probs and loss are computed in float32 (float64 for float64). For a loss that reads the chosen
+            responses after their weakened images, too ("mdpo"), those come last: [3B, T, V], and 3B everywhere below.
         labels: int64 or int32 [2B, T], the input tokens at their own positions, -100 = ignored. The shift by one
             happens inside and copies no logits.
         ref_logits: the reference's, like policy_logits; a constant. Read in the same launch on CUDA.
         ref_logps: [2B], the reference's sequence log-probs, summed over the response's tokens (with `ld_alpha` as the
-            policy's are: the tail weighed by it). Excludes ref_logits; neither means a reference-free loss.
+            policy's are: the tail weighed by it; so with `token_weights`). Excludes ref_logits; neither means a
+            reference-free loss.
+        token_weights: floating point [2B, T], a factor for the log-prob of each label under policy and reference, at
+            the label's own position (TPO, 2412.14487); constants, not read where the label is -100. The losses'
+            numbers of tokens are not weighed by it, nor is "sft".
         logit_softcap: cap c of logits c * tanh(logits / c), or None. Logits of a model that caps its own (Gemma 2)
             need none.
         temperature: divides the logits, after the cap.
@@ -137,7 +174,9 @@ def dpo_loss(
     config = loss_config(
         beta=beta, loss_type=loss_type, label_smoothing=label_smoothing, average_logps=average_logps, **loss_options
     )
-    _check_pairs("policy_logits", policy_logits, "V", labels, "ref_logits", ref_logits, ref_logps)
+    _check_pairs(
+        "policy_logits", policy_logits, "V", labels, "ref_logits", ref_logits, ref_logps, token_weights, config
+    )
     check_transform(logit_softcap, temperature)
     targets = _shifted(labels)
     found = sequence_logps(
@@ -149,7 +188,7 @@ def dpo_loss(
         with_statistics=with_statistics or config.use_weighting,
         inplace_backward=inplace_backward,
     )
-    return _padded_preference(found, ref_logps, targets, config, with_statistics)
+    return _padded_preference(found, ref_logps, targets, config, with_statistics, token_weights)
 
 
 def linear_dpo_loss(
@@ -159,6 +198,7 @@ def linear_dpo_loss(
     *,
     ref_hidden: Tensor | None = None,
     ref_logps: Tensor | None = None,
+    token_weights: Tensor | None = None,
     lm_head_bias: Tensor | None = None,
     lm_head_lora: tuple[Tensor, Tensor, float] | None = None,
     logit_softcap: float | None = None,
@@ -190,7 +230,9 @@ def linear_dpo_loss(
     config = loss_config(
         beta=beta, loss_type=loss_type, label_smoothing=label_smoothing, average_logps=average_logps, **loss_options
     )
-    _check_pairs("policy_hidden", policy_hidden, "H", labels, "ref_hidden", ref_hidden, ref_logps)
+    _check_pairs(
+        "policy_hidden", policy_hidden, "H", labels, "ref_hidden", ref_hidden, ref_logps, token_weights, config
+    )
     check_head(
         "policy_hidden",
         policy_hidden,
@@ -211,4 +253,4 @@ def linear_dpo_loss(
         lora=lm_head_lora,
         with_statistics=with_statistics or config.use_weighting,
     )
-    return _padded_preference(found, ref_logps, targets, config, with_statistics)
+    return _padded_preference(found, ref_logps, targets, config, with_statistics, token_weights)

@@ -14,13 +14,16 @@ class PreferenceOutput:
 
     Attributes:
         loss: scalar, differentiable, the mean over the pairs.
-        chosen_logps, rejected_logps: [B], summed over the response's tokens (with `ld_alpha`: their weighted sum), in
-            nats.
+        chosen_logps, rejected_logps: [B], summed over the response's tokens (with `ld_alpha` or token weights: their
+            weighted sum), in nats.
         chosen_rewards, rejected_rewards: [B], beta times the log-ratio to the reference (to 0 without one).
-        token_logps: [2B, T-1], of positions 1..T-1, 0 where ignored.
-        num_tokens: [2B], response tokens.
+        token_logps: [2B, T-1], of positions 1..T-1, 0 where ignored; [3B, T-1] for a loss that reads the chosen
+            responses after their weakened images, which come last.
+        num_tokens: [2B] or [3B], response tokens.
         statistics: if asked for, `TokenStatistics` of the policy's tokens, each [2B, T-1] and 0 where ignored, or
             [2B], summed over the response's tokens.
+        weakened_logps, weakened_rewards: [B] of the chosen responses after their weakened images, for a loss that
+            reads them.
     """
 
     loss: Tensor
@@ -31,9 +34,15 @@ class PreferenceOutput:
     token_logps: Tensor
     num_tokens: Tensor
     statistics: TokenStatistics | None = None
+    weakened_logps: Tensor | None = None
+    weakened_rewards: Tensor | None = None
 
     def pair_metrics(self) -> dict[str, Tensor]:
-        """Each pair's value [B] of what TRL logs: `rewards/{chosen,rejected,accuracies,margins}`, `logps/...`."""
+        """Each pair's value [B] of what TRL logs: `rewards/{chosen,rejected,accuracies,margins}`, `logps/...`.
+
+        With `rewards/weakened` and `logps/weakened` where there are any.
+        """
+        weakened = {"rewards/weakened": self.weakened_rewards, "logps/weakened": self.weakened_logps}
         return {
             "rewards/chosen": self.chosen_rewards,
             "rewards/rejected": self.rejected_rewards,
@@ -41,6 +50,7 @@ class PreferenceOutput:
             "rewards/margins": self.chosen_rewards - self.rejected_rewards,
             "logps/chosen": self.chosen_logps,
             "logps/rejected": self.rejected_logps,
+            **{name: values for name, values in weakened.items() if values is not None},
         }
 
     def token_metrics(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -53,7 +63,7 @@ class PreferenceOutput:
             return {}
 
         def sums(values):
-            per_response = values.reshape(len(self.num_tokens), -1).sum(1)
+            per_response = values.reshape(len(self.num_tokens), -1)[: 2 * len(self.chosen_logps)].sum(1)
             return per_response.to(self.chosen_logps.dtype).view(2, -1).sum(1)
 
         found = self.statistics

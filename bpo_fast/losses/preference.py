@@ -17,13 +17,16 @@ from bpo_fast.ops.sigmoid_preference import sigmoid_preference
 
 @dataclass(frozen=True)
 class Responses:
-    """How token values, of whatever shape, belong to the 2B responses of B pairs.
+    """How token values, of whatever shape, belong to the responses of B pairs: `LossConfig.responses_per_pair` each.
+
+    The chosen responses come first, then the rejected ones; where a loss reads the chosen ones after their weakened
+    images, too, those come last: [2B] or [3B], [RB] for short.
 
     Attributes:
-        sums: token values -> [2B], their sum over each response, the chosen responses first.
+        sums: token values -> [RB], their sum over each response.
         places: -> (each token's offset in its response, from 0; its pair, int64 0..B-1), both broadcasting to the
             shape of the token values. Called for LD-DPO only.
-        num_tokens: [2B], tokens of each response.
+        num_tokens: [RB], tokens of each response.
     """
 
     sums: Callable[[Tensor], Tensor]
@@ -40,14 +43,18 @@ class Batch:
 
 
 def _pair_losses(config, logps, ref_logps, num_tokens, nll):
-    """The weighted sum [B] of the losses of `config`, from log-probs [2B]: `Pairs` says what the arguments are."""
+    """The weighted sum [B] of the losses of `config`, from log-probs [RB]: `Pairs` says what the arguments are."""
     if config.average_logps and num_tokens is not None:
         lengths, num_tokens = num_tokens.clamp(min=1), None
         logps = logps / lengths
         ref_logps = None if ref_logps is None else ref_logps / lengths
-    logratios = logps if ref_logps is None else logps - ref_logps
+    logratios, weakened = logps if ref_logps is None else logps - ref_logps, None
+    if config.reads_weakened:
+        both = 2 * (len(logps) // 3)
+        logratios, weakened = logratios[:both], logratios[both:]
+        logps, ref_logps, num_tokens = (None if x is None else x[:both] for x in (logps, ref_logps, num_tokens))
     scores = F_DIVERGENCES[config.f_divergence_type](logratios, config)
-    pairs = Pairs(config, logps, ref_logps, logratios, scores, num_tokens, nll)
+    pairs = Pairs(config, logps, ref_logps, logratios, scores, num_tokens, weakened, nll)
     total = None
     for loss_type, weight in zip(config.loss_types, config.weights, strict=True):
         values = LOSSES[loss_type].values(pairs)
@@ -67,6 +74,8 @@ def preference_loss(
     label_smoothing: float = 0.0,
     chosen_num_tokens: Tensor | None = None,
     rejected_num_tokens: Tensor | None = None,
+    weakened_logps: Tensor | None = None,
+    ref_weakened_logps: Tensor | None = None,
     **loss_options: Any,
 ) -> Tensor:
     """Loss of each pair from sequence log-probs.
@@ -78,11 +87,13 @@ def preference_loss(
         beta, loss_type, label_smoothing: as in `LossConfig`.
         chosen_num_tokens, rejected_num_tokens: int64 or int32 [B], tokens of each response. "sft" and `average_logps`
             need them.
+        weakened_logps, ref_weakened_logps: [B], log-probs of the chosen responses where the prompt shows the weakened
+            image; for "mdpo", and for no other loss.
         loss_options: further fields of `LossConfig`, but for `ld_alpha` and `use_weighting`, which need the log-probs
             of single tokens.
 
     Returns:
-        [B], differentiable in the first two arguments; their mean is the loss. With "sft" each pair has the batch's.
+        [B], differentiable in the policy's log-probs; their mean is the loss. With "sft" each pair has the batch's.
 
     Raises:
         TypeError, ValueError: tensors whose kind, shape or device does not fit, unknown losses and options, numbers
@@ -101,36 +112,45 @@ def preference_loss(
                 "linear_dpo_loss."
             )
     check_tensor("chosen_logps", chosen_logps, ("B",))
-    logps = _joined(check_tensor, chosen_logps, chosen_logps=chosen_logps, rejected_logps=rejected_logps)
-    ref_logps = _joined(
-        check_tensor, chosen_logps, ref_chosen_logps=ref_chosen_logps, ref_rejected_logps=ref_rejected_logps
-    )
-    num_tokens = _joined(
-        check_indices, chosen_logps, chosen_num_tokens=chosen_num_tokens, rejected_num_tokens=rejected_num_tokens
-    )
+    policy = {"chosen_logps": chosen_logps, "rejected_logps": rejected_logps}
+    reference = {"ref_chosen_logps": ref_chosen_logps, "ref_rejected_logps": ref_rejected_logps}
+    counts = {"chosen_num_tokens": chosen_num_tokens, "rejected_num_tokens": rejected_num_tokens}
+    if config.reads_weakened:
+        policy["weakened_logps"], reference["ref_weakened_logps"] = weakened_logps, ref_weakened_logps
+    elif weakened_logps is not None or ref_weakened_logps is not None:
+        raise ValueError(
+            f"weakened_logps: found log-probs with loss_type={loss_type!r}, expected None, since it does not read "
+            "them; leave them out or use 'mdpo'."
+        )
+    logps = _joined(check_tensor, chosen_logps, **policy)
+    ref_logps = _joined(check_tensor, chosen_logps, **reference)
+    num_tokens = _joined(check_indices, chosen_logps, **counts)
+    if num_tokens is not None and config.reads_weakened:
+        num_tokens = torch.cat([num_tokens, chosen_num_tokens])
     if num_tokens is None and (config.average_logps or "sft" in config.loss_types):
         raise ValueError("chosen_num_tokens and rejected_num_tokens: found None, expected both for 'sft' and means.")
     return _pair_losses(config, logps, ref_logps, num_tokens, _mean_nll(config, logps, num_tokens))
 
 
-def _joined(check, like, **halves):
-    """Both halves [B] as one [2B], checked; None if both are None."""
-    (chosen_name, chosen), (rejected_name, rejected) = halves.items()
-    if (chosen is None) != (rejected is None):
-        raise ValueError(f"{chosen_name} and {rejected_name}: found one of them, expected both or neither.")
-    if chosen is None:
+def _joined(check, like, **parts):
+    """All parts [B] as one [RB], checked; None if all are None."""
+    given = [name for name, value in parts.items() if value is not None]
+    if not given:
         return None
-    for name, value in halves.items():
+    if len(given) < len(parts):
+        found, wanted = ("one of them", "both or neither") if len(parts) == 2 else (", ".join(given), "all or none")
+        raise ValueError(f"{' and '.join(parts)}: found {found}, expected {wanted}.")
+    for name, value in parts.items():
         check(name, value, (len(like),))
         check_same(name, value, "chosen_logps", like)
-    return torch.cat([chosen, rejected])
+    return torch.cat(list(parts.values()))
 
 
 def _mean_nll(config, logps, num_tokens):
-    """The loss "sft" where `config` has it: minus the mean log-prob over all chosen tokens, from sums [2B]."""
+    """The loss "sft" where `config` has it: minus the mean log-prob over all chosen tokens, from sums [RB]."""
     if "sft" not in config.loss_types:
         return None
-    pairs = len(logps) // 2
+    pairs = len(logps) // config.responses_per_pair
     return -logps[:pairs].sum() / num_tokens[:pairs].sum().clamp(min=1)
 
 
@@ -162,13 +182,13 @@ def sequence_preference(
     nll: Tensor | None = None,
     pair_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mean loss of B pairs and the rewards [2B], from sequence log-probs however they were computed.
+    """Mean loss of B pairs and the rewards [RB], from sequence log-probs however they were computed.
 
     Args:
-        logps: [2B], sums over tokens, chosen first; differentiable. Averaging, where the loss or `average_logps` asks
+        logps: [RB], sums over tokens, in the order of `Responses`; differentiable. Averaging, where the loss or `average_logps` asks
             for it, touches the loss alone, so rewards keep one meaning (TRL's).
-        ref_logps: [2B] of the reference, or None.
-        num_tokens: [2B], response tokens.
+        ref_logps: [RB] of the reference, or None.
+        num_tokens: [RB], response tokens.
         config: the options.
         nll: scalar, the loss "sft"; needed where `config` has it.
         pair_weights: [B], factors of the pairs' losses.
@@ -193,6 +213,7 @@ def token_preference(
     logps: Tensor | None = None,
     ref_logps: Tensor | None = None,
     statistics: TokenStatistics | None = None,
+    token_weights: Tensor | None = None,
     batch: Batch | None = None,
 ) -> PreferenceOutput:
     """The loss of B pairs, and what is logged with it, from log-probs of tokens: padded, packed or otherwise laid out.
@@ -202,28 +223,33 @@ def token_preference(
         responses: what makes responses of values of that shape.
         config: the options.
         ref_token_logps: the reference's, of the same shape, or None.
-        logps: [2B], the sums of token_logps where a kernel has made them already.
+        logps: [RB], the sums of token_logps where a kernel has made them already.
         ref_logps: the same of ref_token_logps; without them the reference's log-probs from elsewhere, with `ld_alpha`
-            weighed by it already. Neither: reference-free.
+            or token weights weighed by them already. Neither: reference-free.
         statistics: of the policy's tokens; goes into the output, and `use_weighting` needs it.
+        token_weights: of the same shape, factors of both models' token log-probs in the sums that preferences are made
+            of; "sft" and the weights of `use_weighting` are of the log-probs as they are.
         batch: what these pairs are a part of; the loss is then their share of the batch's mean.
 
     Returns:
         PreferenceOutput, `token_logps` and `statistics` in the shape they came in.
     """
     num_tokens = responses.num_tokens
+    pairs = len(num_tokens) // config.responses_per_pair
     logps = responses.sums(token_logps) if logps is None else logps
     share, nll = 1.0, _mean_nll(config, logps, num_tokens)
     if batch is not None:
-        share = len(num_tokens) / 2 / batch.num_pairs
+        share = pairs / batch.num_pairs
         if nll is not None:
-            nll = -logps[: len(logps) // 2].sum() / batch.num_chosen_tokens / share
+            nll = -logps[:pairs].sum() / batch.num_chosen_tokens / share
     if ref_token_logps is not None and ref_logps is None:
         ref_logps = responses.sums(ref_token_logps)
-    if config.ld_alpha is not None:
+    if config.ld_alpha is not None or token_weights is not None:
 
         def sums(values):
-            return responses.sums(desensitized(values, *responses.places(), num_tokens, config.ld_alpha))
+            if config.ld_alpha is not None:
+                values = desensitized(values, *responses.places(), num_tokens[: 2 * pairs], config.ld_alpha)
+            return responses.sums(values if token_weights is None else values * token_weights)
 
         logps = sums(token_logps)
         ref_logps = ref_logps if ref_token_logps is None else sums(ref_token_logps)
@@ -233,13 +259,19 @@ def token_preference(
             raise ValueError("statistics: found None, expected those of the policy's tokens for use_weighting.")
         # WPO: the mean over each response's tokens, a constant; both responses' weights multiplied.
         aligned = responses.sums(token_logps.detach() - statistics.log_sum_sq_probs) / num_tokens.clamp(min=1)
-        pair_weights = aligned.view(2, -1).sum(0).exp()
+        pair_weights = aligned[: 2 * pairs].view(2, -1).sum(0).exp()
     loss, rewards = sequence_preference(logps, ref_logps, num_tokens, config, nll=nll, pair_weights=pair_weights)
+    chosen_logps, rejected_logps, *weakened_logps = logps.detach().split(pairs)
+    chosen_rewards, rejected_rewards, *weakened_rewards = rewards.split(pairs)
     return PreferenceOutput(
         loss if batch is None else loss * share,
-        *logps.detach().chunk(2),
-        *rewards.chunk(2),
+        chosen_logps,
+        rejected_logps,
+        chosen_rewards,
+        rejected_rewards,
         token_logps.detach(),
         num_tokens,
         statistics,
+        *weakened_logps,
+        *weakened_rewards,
     )

@@ -2,9 +2,11 @@
 
 Notation of the formulas: w is the chosen and l the rejected response; n its number of tokens; p = log pi(y | x) under
 the policy, summed over tokens; r = p - log ref(y | x), the log-ratio to the reference; s = f'(exp r), the score that
-the f-divergence makes of it (s = r for the reverse KL of standard DPO); b = beta; e = label_smoothing; sigma the
-logistic function; L(x) = -(1 - e) log sigma(x) - e log sigma(-x). Papers are named by their arXiv number. The forms
-are those of TRL 1.16; where one differs, its entry says so. `python -m bpo_fast.losses.table` prints docs/losses.md.
+the f-divergence makes of it (s = r for the reverse KL of standard DPO); r_v the log-ratio of the chosen response
+where the prompt shows the weakened image; b = beta; e = label_smoothing; sigma the logistic function; L(x) =
+-(1 - e) log sigma(x) - e log sigma(-x). With token weights or `ld_alpha`, p and log ref are weighted sums over the
+tokens; "sft" and n know no weights. Papers are named by their arXiv number. The forms are those of TRL 1.16; where one
+differs, its entry says so. `python -m bpo_fast.losses.table` prints docs/losses.md.
 """
 
 import math
@@ -28,6 +30,7 @@ class Pairs:
         logratios: r.
         scores: s.
         num_tokens: n, or None where the log-probs are averages over tokens already.
+        weakened_logratios: [B], r_v; None unless a loss that reads it is asked for.
         nll: scalar, minus the mean log-prob of all chosen tokens; None unless "sft" is asked for.
     """
 
@@ -37,6 +40,7 @@ class Pairs:
     logratios: Tensor
     scores: Tensor
     num_tokens: Tensor | None
+    weakened_logratios: Tensor | None
     nll: Tensor | None
 
     def average(self, values: Tensor) -> Tensor:
@@ -57,6 +61,8 @@ class Loss:
         sorts_batch: it sorts the pairs of a batch, so that a pair's value depends on the others.
         of_score_differences: it has a form for every f-divergence: f-DPO's partition function cancels only in the
             difference of the scores. True of "sft" too, which reads no scores.
+        reads_weakened: it reads the chosen response after the weakened image, so that a pair has three responses: in
+            a packed sequence, a second prefix with one branch.
     """
 
     values: Callable[[Pairs], Tensor]
@@ -66,6 +72,7 @@ class Loss:
     smoothed: bool = False
     sorts_batch: bool = False
     of_score_differences: bool = False
+    reads_weakened: bool = False
 
 
 LOSSES: dict[str, Loss] = {}
@@ -256,6 +263,16 @@ def orpo(pairs: Pairs) -> Tensor:
     logps = logps.clamp(max=-torch.finfo(logps.dtype).eps)
     log_odds = logps - torch.log(-torch.expm1(logps))
     return -pairs.config.beta * F.logsigmoid(_difference(log_odds))
+
+
+@loss("mDPO, 2406.11839, which crops the image where here noise weakens it", reads_weakened=True, trl="Not in TRL.")
+def mdpo(pairs: Pairs) -> Tensor:
+    """l(b (r_w - r_l)) + c l(b (r_w - r_v)) + a l(b r_w - d), l = -log sigma; c, a, d its weights and anchor."""
+    config, (chosen, rejected) = pairs.config, pairs.logratios.chunk(2)
+    preference = F.logsigmoid(config.beta * (chosen - rejected))
+    conditional = F.logsigmoid(config.beta * (chosen - pairs.weakened_logratios))
+    anchor = F.logsigmoid(config.beta * chosen - config.mdpo_anchor)
+    return -(preference + config.mdpo_conditional_weight * conditional + config.mdpo_anchor_weight * anchor)
 
 
 def _alpha_score(logratios, alpha):

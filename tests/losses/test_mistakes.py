@@ -64,6 +64,48 @@ LOGITS, LABELS, HEAD = torch.zeros(4, 3, 5), torch.zeros(4, 3, dtype=torch.int64
             "labels: found float32 [4, 3], expected a tensor [4, 3] of int64 or int32.",
         ),
         (
+            lambda: dpo_loss(LOGITS, LABELS, loss_type="mdpo"),
+            ValueError,
+            "policy_logits: found shape [4, 3, 5], expected [3B, T, V]; give B chosen sequences, then B rejected ones, "
+            "then the B chosen ones after their weakened images, B at least 1.",
+        ),
+        (
+            lambda: dpo_loss(LOGITS[:3], torch.tensor([[1, 2, 3], [1, 4, 4], [1, 3, 2]]), loss_type="mdpo"),
+            ValueError,
+            "labels: found other tokens in the last third than in the first, expected the chosen responses again",
+        ),
+        (
+            lambda: preference_loss(ONE, ONE, ONE, ONE, loss_type="mdpo", ref_weakened_logps=ONE),
+            ValueError,
+            "chosen_logps and rejected_logps and weakened_logps: found chosen_logps, rejected_logps, expected all or",
+        ),
+        (
+            lambda: preference_loss(ONE, ONE, ONE, ONE, weakened_logps=ONE),
+            ValueError,
+            "weakened_logps: found log-probs with loss_type='sigmoid', expected None, since it does not read them",
+        ),
+        (lambda: LossConfig("mdpo", mdpo_conditional_weight=0.0), ValueError, "expected a positive number"),
+        (
+            lambda: LossConfig("mdpo", f_divergence_type="js_divergence"),
+            ValueError,
+            "f_divergence_type: found 'js_divergence', expected 'reverse_kl' for 'mdpo'",
+        ),
+        (
+            lambda: linear_dpo_loss(LOGITS, HEAD, LABELS, token_weights=torch.ones(4, 2)),
+            ValueError,
+            "token_weights: found float32 [4, 2], expected [4, 3].",
+        ),
+        (
+            lambda: dpo_loss(LOGITS, LABELS, token_weights=LABELS),
+            TypeError,
+            "token_weights: found int64 [4, 3], expected a tensor [4, 3] of a floating-point dtype.",
+        ),
+        (
+            lambda: dpo_loss(LOGITS, LABELS, token_weights=LABELS - 0.5),
+            ValueError,
+            "token_weights: found -0.5, expected finite numbers of at least 0 where a label is predicted.",
+        ),
+        (
             lambda: dpo_loss(LOGITS, LABELS, ref_logits=LOGITS, ref_logps=torch.zeros(4)),
             ValueError,
             "ref_logits and ref_logps: found both, expected one",

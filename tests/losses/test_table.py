@@ -41,11 +41,22 @@ BY_HAND = {
     "simpo": ({"simpo_gamma": 0.5}, softplus(-(0.5 * (-0.5 + 1) - 0.5))),
     "cpo": ({}, softplus(-1.5)),
     "orpo": ({}, 0.5 * math.log1p(ODDS[1] / ODDS[0])),
+    # After the weakened image the chosen response has -1.5, and -1.1 under the reference: a log-ratio of -0.4.
+    "mdpo": (
+        {"mdpo_conditional_weight": 2.0, "mdpo_anchor_weight": 0.5, "mdpo_anchor": 0.2},
+        softplus(-1) + 2 * softplus(-0.5 * 1.4) + 0.5 * softplus(-(0.5 - 0.2)),
+    ),
 }
+WEAKENED = (-1.5, -1.1)
 
 
 def scalars(*values):
     return [torch.tensor([value], dtype=torch.float64) for value in values]
+
+
+def weakened(loss_type, values=WEAKENED):
+    names = ("weakened_logps", "ref_weakened_logps")
+    return dict(zip(names, scalars(*values), strict=True)) if LOSSES[loss_type].reads_weakened else {}
 
 
 def by_hand(**options):
@@ -60,7 +71,7 @@ def by_hand(**options):
 @pytest.mark.parametrize("loss_type", LOSSES)
 def test_by_hand(loss_type):
     options, expected = BY_HAND[loss_type]
-    assert by_hand(loss_type=loss_type, **options) == pytest.approx(expected, abs=1e-12)
+    assert by_hand(loss_type=loss_type, **options, **weakened(loss_type)) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -93,6 +104,7 @@ def test_sorted_losses_match_quantiles_of_the_batch():
 def gradients(loss_type, chosen, rejected, **options):
     leaves = [value.requires_grad_() for value in scalars(chosen, rejected)]
     counts = {"chosen_num_tokens": torch.tensor([1]), "rejected_num_tokens": torch.tensor([1])}
+    counts |= weakened(loss_type)
     loss = preference_loss(*leaves, *scalars(-3.0, -3.0), loss_type=loss_type, **counts, **options)
     grads = torch.autograd.grad(loss.sum(), leaves, allow_unused=True)
     return [0.0 if grad is None else grad.item() for grad in grads]
