@@ -72,14 +72,15 @@ def _check_labelled(labels, config):
 
 
 def _check_weights(token_weights, labels):
-    """Raise for a weight of a predicted label that is no finite number of at least 0; where `_check_labelled` looks."""
+    """Raise for a weight that is no finite number of at least 0, where `_check_labelled` looks."""
     if labels.is_cuda or torch.compiler.is_compiling():
         return
     read = token_weights[:, 1:][labels[:, 1:] != IGNORE_INDEX]
     wrong = read[~((read >= 0) & read.isfinite())]
     if len(wrong):
         raise ValueError(
-            f"token_weights: found {wrong[0].item()}, expected finite numbers of at least 0 where a label is predicted."
+            f"token_weights: found {wrong[0].item()}, expected finite numbers of at least 0 where a label is "
+            "predicted."
         )
 
 

@@ -185,8 +185,8 @@ def sequence_preference(
     """Mean loss of B pairs and the rewards [RB], from sequence log-probs however they were computed.
 
     Args:
-        logps: [RB], sums over tokens, in the order of `Responses`; differentiable. Averaging, where the loss or `average_logps` asks
-            for it, touches the loss alone, so rewards keep one meaning (TRL's).
+        logps: [RB], sums over tokens, in the order of `Responses`; differentiable. Averaging, where the loss or
+            `average_logps` asks for it, touches the loss alone, so rewards keep one meaning (TRL's).
         ref_logps: [RB] of the reference, or None.
         num_tokens: [RB], response tokens.
         config: the options.

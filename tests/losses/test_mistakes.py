@@ -66,8 +66,8 @@ LOGITS, LABELS, HEAD = torch.zeros(4, 3, 5), torch.zeros(4, 3, dtype=torch.int64
         (
             lambda: dpo_loss(LOGITS, LABELS, loss_type="mdpo"),
             ValueError,
-            "policy_logits: found shape [4, 3, 5], expected [3B, T, V]; give B chosen sequences, then B rejected ones, "
-            "then the B chosen ones after their weakened images, B at least 1.",
+            "policy_logits: found shape [4, 3, 5], expected [3B, T, V]; give B chosen sequences, then B rejected "
+            "ones, then the B chosen ones after their weakened images, B at least 1.",
         ),
         (
             lambda: dpo_loss(LOGITS[:3], torch.tensor([[1, 2, 3], [1, 4, 4], [1, 3, 2]]), loss_type="mdpo"),
