@@ -135,6 +135,7 @@ def dataset_fingerprint(dataset: Dataset) -> str:
     move, and the files of a large data set are not read again each time.
     """
     made_of = ("images", "image", "prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
+    made_of += ("chosen_token_weights", "rejected_token_weights")
     names = [name for name in made_of if name in dataset.column_names]
 
     def rows():

@@ -12,7 +12,6 @@ from bpo_fast.plan.run import Plan, Planned, pair_tokens, plan
 # From the fastest to the one that holds least, with caches.
 MODES = ("none", "selective", "full", "offload")
 OPTIMIZERS = ("adamw_torch_fused", "adamw_bnb_8bit")
-_CACHES = {"precompute_ref_log_probs": True, "cache_image_features": True}
 
 
 def choices(longest: int) -> Iterator[dict[str, Any]]:
@@ -30,7 +29,7 @@ def fit(planned: Planned, card: Card, make: Callable[[Planned, Card], Plan] = pl
     """The training with the first of `choices` that fits a card, caches on, and its plan.
 
     Args:
-        planned: the training; its other settings stay.
+        planned: the training; its other settings stay. What it cannot keep is not cached.
         card: to fit.
         make: of a training its plan.
 
@@ -38,7 +37,9 @@ def fit(planned: Planned, card: Card, make: Callable[[Planned, Card], Plan] = pl
         ValueError: none fits.
     """
     needs_reference = planned.config.loss_config().needs_reference
-    caches = _CACHES | {"precompute_ref_log_probs": needs_reference}
+    # Of images that are weakened only rows can be kept, which is all that "projected" needs.
+    keeps_features = planned.config.noise_target in (None, "projected")
+    caches = {"precompute_ref_log_probs": needs_reference, "cache_image_features": keeps_features}
     found: Forecast | None = None
     too_large = set()
     *most, smallest = choices(max(pair_tokens(planned)))

@@ -6,6 +6,7 @@ import torch
 from peft import LoraConfig
 from transformers import PreTrainedConfig
 
+from bpo_fast.models.weakened_roots import second_root
 from bpo_fast.plan.cards import Card
 from bpo_fast.plan.forecast import Forecast, forecast
 from bpo_fast.plan.lengths import GivenLengths, LengthMix, groups_of
@@ -47,9 +48,10 @@ class Plan:
 
 
 def pair_tokens(planned: Planned) -> list[int]:
-    """Tokens of the pairs of a batch, image, prompt and both answers."""
-    image = image_tokens(planned.model)
-    return [image + sum(pair) for pair in planned.mix.pairs(planned.config.per_device_train_batch_size)]
+    """Tokens of the pairs of a batch, image, prompt and both answers, and of their second roots if they have any."""
+    groups = groups_of(planned.mix.pairs(planned.config.per_device_train_batch_size), image_tokens(planned.model))
+    weakens = planned.config.loss_config().reads_weakened
+    return [len(group) + (len(second_root(group)) if weakens else 0) for group in groups]
 
 
 def plan(planned: Planned, card: Card) -> Plan:

@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig
 
 from bpo_fast.losses.preference import Batch
 from bpo_fast.models.packing import Group, Packing, pack, plan_sequences
+from bpo_fast.models.weakened_roots import second_root
 from bpo_fast.plan.fakes import Faker, meta_model, scales_of
 from bpo_fast.plan.meter import KEPT, Meter, Metered
 from bpo_fast.plan.operations import HeadMemory
@@ -255,11 +256,16 @@ def packed_sequences(
     if run.config.loss_config().loss_types == ("sft",):
         groups = [Group(group.prefix, group.branches[:1]) for group in groups]
     batch = Batch(len(groups), sum(len(group.branches[0]) for group in groups))
+    weakens = run.config.loss_config().reads_weakened
+    roots = [[group, second_root(group)] if weakens else [group] for group in groups]
     side, sequences = model_config.vision_config.image_size, []
-    for members in plan_sequences([len(group) for group in groups], run.config.token_budget):
-        packing = pack([groups[n] for n in members])
+    for members in plan_sequences([sum(map(len, each)) for each in roots], run.config.token_budget):
+        packing = pack([root for of_root in zip(*(roots[n] for n in members), strict=True) for root in of_root])
         rows = torch.cat([torch.arange(end - image_tokens, end) for end in _prefix_ends(packing)])
         sequence = PackedSequence(packing, {"pixel_values": torch.empty(len(members), 3, side, side)}, rows, batch)
+        if weakens:
+            noise = {"noise_ids": torch.arange(len(members)), "num_image_rows": (image_tokens,) * len(members)}
+            sequence = replace(sequence, **noise)
         sequences.append(as_cached(model_config, run, sequence))
     return sequences
 
@@ -268,7 +274,8 @@ def as_cached(model_config: PreTrainedConfig, run: Run, sequence: PackedSequence
     """A sequence as the collator makes it where the configuration's caches are filled."""
     if run.config.cache_image_features and len(sequence.image_rows):
         width = model_config.get_text_config().hidden_size
-        features = torch.empty(len(sequence.image_rows), width, dtype=run.dtype)
+        num_rows = sum(sequence.num_image_rows) or len(sequence.image_rows)
+        features = torch.empty(num_rows, width, dtype=run.dtype)
         sequence = replace(sequence, image_inputs={}, image_features=features)
     if run.config.precompute_ref_log_probs:
         sequence = replace(sequence, ref_token_logps=torch.zeros(len(sequence.packing.targets)))

@@ -96,8 +96,8 @@ class _Keys:
         # Some families cut an image otherwise where a prompt shows several.
         shown = ImagesShown(f"images-{digest(marks)}" if marks else None, len(marks))
         prompt, answers = self.collator.render(example, shown.count)
-        keys = prompt_key(shown, prompt), pair_key(shown, prompt, answers, self.collator.max_length)
-        return ExampleKeys(shown, *keys)
+        pair = pair_key(shown, prompt, answers, self.collator.max_length, self.collator.weakening)
+        return ExampleKeys(shown, prompt_key(shown, prompt), pair)
 
 
 def _files(row: Any) -> list[str] | None:

@@ -230,6 +230,7 @@ def _cached(cache_file, known: str | None) -> tuple[int, list[BadPair]]:
 def _fingerprint(dataset, collator: PreferenceCollator) -> str:
     """Fingerprint of the examples and of all that the outcome depends on."""
     options = [collator.image_token_id, collator.max_length, collator.token_budget, list(collator.responses)]
+    options.append(collator.weakening is not None)
     settings = [*options, transformers.__version__, len(dataset), processor_state(collator.processor)]
 
     def values():

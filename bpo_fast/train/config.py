@@ -11,10 +11,15 @@ from transformers.utils import is_liger_kernel_available
 
 from bpo_fast.losses.config import LOSS_OPTIONS, LossConfig
 from bpo_fast.losses.table import losses_that
+from bpo_fast.models.weaken import SCHEDULES, TARGETS
+from bpo_fast.models.weakened_roots import Weakening
 from bpo_fast.train.loading import default_num_workers
 from bpo_fast.train.options import CHECKPOINTING, check_options, check_processes
 
 _TYPES = get_type_hints(LossConfig)
+
+# The noise of a loss that weakens images, where nothing else is asked for.
+NOISE = {"noise_step": 500, "noise_target": "features", "noise_schedule": "sigmoid"}
 
 
 def _default(option: Field) -> dict[str, Any]:
@@ -49,6 +54,11 @@ class BPOConfig(LossOptions, TrainingArguments):
     Args:
         output_dir: folder of the run.
         learning_rate: peak learning rate; the paper trains at 2e-6.
+        noise_step: step of the noise schedule by which images are weakened for a loss that reads them so ("mdpo"); by
+            default 500. A pair's noise is drawn from `seed` and is the same in every epoch.
+        noise_target: what that noise is put on, "features" (the default), "pixels" or "projected"; features that are
+            kept (`cache_image_features`) can be noised as "projected" alone.
+        noise_schedule: "sigmoid" (the default), "linear" or "cosine".
         max_length: most positions of prompt, image and response together; a longer response is cut at its end.
         token_budget: most tokens of one packed sequence. A step whose pairs need more runs several one after the
             other, with the same result in less memory. None runs a step's pairs as one.
@@ -94,6 +104,15 @@ class BPOConfig(LossOptions, TrainingArguments):
     bf16: bool | None = field(default=None, metadata={"help": "bfloat16 autocast; by default where CUDA has it."})
     deterministic_attention: bool = field(
         default=False, metadata={"help": "Add up attention's gradients in a fixed order on a GPU too; slower."}
+    )
+    noise_step: int | None = field(
+        default=None, metadata={"help": "Noise schedule step, 0 to 999, of the images that mdpo weakens; null is 500."}
+    )
+    noise_target: str | None = field(
+        default=None, metadata={"help": f"What that noise is added to: {', '.join(TARGETS)}; null is features."}
+    )
+    noise_schedule: str | None = field(
+        default=None, metadata={"help": f"Its schedule: {', '.join(SCHEDULES)}; null is sigmoid."}
     )
     max_length: int | None = field(
         default=1024, metadata={"help": "Most positions of prompt, image and response; longer responses are cut."}
@@ -165,6 +184,7 @@ class BPOConfig(LossOptions, TrainingArguments):
                 f"token_budget: found {self.token_budget} with loss_type {self.loss_type}, expected None; "
                 f"{' and '.join(map(repr, sorted(sorting)))} sort the pairs of a step, which must lie in one sequence."
             )
+        self._settle_noise()
         if self.precompute_ref_log_probs and not self.loss_config().needs_reference:
             raise ValueError(
                 f"precompute_ref_log_probs: found True with loss_type {self.loss_type}, expected False, since it "
@@ -188,6 +208,26 @@ class BPOConfig(LossOptions, TrainingArguments):
                 raise ValueError(
                     f"accelerator_config: found {name}=True, expected False: every process packs its own pairs."
                 )
+
+    def _settle_noise(self) -> None:
+        """Fill in the noise of a loss that weakens images, and refuse it for others."""
+        if not self.loss_config().reads_weakened:
+            for name in NOISE:
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name}: found {getattr(self, name)!r} with loss_type {self.loss_type}, expected None, since "
+                        "it weakens no image; leave it out."
+                    )
+            return
+        for name, default in NOISE.items():
+            if getattr(self, name) is None:
+                setattr(self, name, default)
+        self.weakening()
+        if self.cache_image_features and self.noise_target != "projected":
+            raise ValueError(
+                f"cache_image_features: found True with noise_target '{self.noise_target}', expected False, since "
+                "features are kept behind the projector; set noise_target to 'projected', or leave the cache out."
+            )
 
     @property
     def fuses_elementwise(self) -> bool:
@@ -218,6 +258,12 @@ class BPOConfig(LossOptions, TrainingArguments):
         finally:
             for name, value in own.items():
                 setattr(self, name, value)
+
+    def weakening(self) -> Weakening | None:
+        """The noise on the images of second roots; None where no loss reads them."""
+        if not self.loss_config().reads_weakened:
+            return None
+        return Weakening(self.noise_step, self.noise_target, self.noise_schedule, self.seed)
 
     def loss_config(self) -> LossConfig:
         """The loss options, checked."""

@@ -9,7 +9,10 @@ from torch.utils.data import Dataset
 from bpo_fast.train.loading import in_row
 
 # What training reads of an example.
-EXAMPLE_COLUMNS = ("images", "image", "prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
+EXAMPLE_COLUMNS = (
+    *("images", "image", "prompt", "chosen", "rejected", "tools", "chat_template_kwargs"),
+    *("chosen_token_weights", "rejected_token_weights"),
+)
 
 
 @dataclass(frozen=True, slots=True)

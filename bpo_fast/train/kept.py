@@ -1,10 +1,12 @@
 """What a training reads of its caches, and by which keys; `caches` fills them."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
+from bpo_fast.models.weakened_roots import Weakening
 from bpo_fast.runs.fingerprint import fingerprint
 from bpo_fast.runs.tensor_cache import TensorCache
 from bpo_fast.train.examples import ImagesShown
@@ -15,9 +17,12 @@ def prompt_key(shown: ImagesShown, prompt: str) -> str:
     return f"prompt-{digest(shown.key, prompt)}"
 
 
-def pair_key(shown: ImagesShown, prompt: str, answers: Sequence[str], max_length: int | None) -> str:
-    """Of a rendered prompt with its answers, which are cut at `max_length`: their log-probs."""
-    return f"pair-{digest(shown.key, prompt, list(answers), max_length)}"
+def pair_key(
+    shown: ImagesShown, prompt: str, answers: Sequence[str], max_length: int | None, weakening: Weakening | None = None
+) -> str:
+    """Of a rendered prompt with its answers, cut at `max_length`: their log-probs, the weakened image's too."""
+    noise = [] if weakening is None else [asdict(weakening)]
+    return f"pair-{digest(shown.key, prompt, list(answers), max_length, *noise)}"
 
 
 class FeatureCache:
@@ -53,17 +58,23 @@ class ReferenceCache:
     """What the collator reads of the reference; its tensors are made by `reference_cache.fill_reference`.
 
     Args:
-        tensors: under `pair-...`, fp32 [N]: log-probs of the tokens of chosen and rejected, one after the other.
+        tensors: under `pair-...`, fp32 [N]: log-probs of the tokens of chosen and rejected, one after the other, and
+            of chosen once more where the pair has a second root.
     """
 
     def __init__(self, tensors: TensorCache):
         self.tensors = tensors
 
     def token_logps(
-        self, shown: ImagesShown, prompt: str, answers: Sequence[str], max_length: int | None
+        self,
+        shown: ImagesShown,
+        prompt: str,
+        answers: Sequence[str],
+        max_length: int | None,
+        weakening: Weakening | None,
     ) -> torch.Tensor | None:
         """fp32 [N] of a rendered pair, or None where it was not kept."""
-        key = pair_key(shown, prompt, answers, max_length)
+        key = pair_key(shown, prompt, answers, max_length, weakening)
         return self.tensors.get(key)
 
 

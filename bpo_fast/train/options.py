@@ -41,6 +41,7 @@ NUMBERS = {
     "torch_empty_cache_steps": COUNT,
     "max_length": COUNT,
     "token_budget": COUNT,
+    "noise_step": Range("a whole number of at least 0", lambda x: x >= 0, True),
 }
 
 _SCRIPT = "a flag for scripts, which no trainer reads; leave it out"

@@ -55,7 +55,8 @@ def fill_reference(
     if collator.token_budget is None and collator.max_length is None:
         chunk_size = 1  # how long a pair is, nothing says
     elif collator.token_budget is None:
-        collator = replace(collator, token_budget=max(_TOKENS, 2 * collator.max_length))
+        branches = 2 if collator.weakening is None else 3  # a pair's, each with its prefix at most
+        collator = replace(collator, token_budget=max(_TOKENS, branches * collator.max_length))
 
     def make(chunks):
         work = _Collated(chunks, sources, datasets, collator)
@@ -65,7 +66,9 @@ def fill_reference(
             for sequence in sequences:
                 lengths = [sum(branches) for branches in sequence.packing.branch_lengths]
                 logps = compute(sequence).float().cpu().split(lengths)
-                made |= {keys[number][0]: x.clone() for number, x in zip(sequence.numbers, logps, strict=True)}
+                # Behind the groups of all pairs lie their second roots, if they have any.
+                for place, number in enumerate(sequence.numbers):
+                    made[keys[number][0]] = torch.cat(logps[place :: len(sequence.numbers)])
             yield made
 
     def num_bytes(missing: list[int]) -> int:

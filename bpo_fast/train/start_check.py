@@ -55,7 +55,7 @@ def check_packed_forward(model: nn.Module, collator: PreferenceCollator, example
     """
     base = base_model(model)
     enable_packed_forward(base)
-    collator, examples = replace(collator, token_budget=None), list(examples[:NUM_EXAMPLES])
+    collator, examples = replace(collator, token_budget=None, weakening=None), list(examples[:NUM_EXAMPLES])
     with evaluated(model):
         figure = _check(base, collator, examples)
         if collator.image_token_id is not None and not any(map(_shows_an_image, examples)):

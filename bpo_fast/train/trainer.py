@@ -17,13 +17,14 @@ from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainerCallba
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, enable_full_determinism, rotate_checkpoints
 
-from bpo_fast.losses.preference import Responses, token_preference
+from bpo_fast.losses.preference import token_preference
 from bpo_fast.models.checkpointing import set_checkpointing
 from bpo_fast.models.elementwise import fuse_elementwise
 from bpo_fast.models.fused_linear import fuse_linears
 from bpo_fast.models.load import load_model, load_processor
 from bpo_fast.models.lora import adapter_disabled, check_gradients, with_fresh_adapter
-from bpo_fast.models.packed_forward import enable_packed_forward, image_features, sum_branches
+from bpo_fast.models.packed_forward import enable_packed_forward, image_features
+from bpo_fast.models.weakened_roots import check_weakening, features_of_both_roots
 from bpo_fast.ops.rows import TokenStatistics
 from bpo_fast.runs.files import write_jsonl
 from bpo_fast.train.caches import use_caches
@@ -42,7 +43,8 @@ from bpo_fast.train.finite import FiniteGuard
 from bpo_fast.train.loading import Waiting, by_itself, errors_of_workers
 from bpo_fast.train.metrics import MetricSums
 from bpo_fast.train.options import check_batch, check_devices
-from bpo_fast.train.start_check import check_packed_forward
+from bpo_fast.train.responses import packed_responses
+from bpo_fast.train.start_check import check_packed_forward, evaluated
 
 UNUSABLE_FILE = "unusable_pairs.jsonl"
 
@@ -58,7 +60,7 @@ class BPOTrainer(Trainer):
         model: a vision-language model, or the path of one.
         args: training arguments; `BPOConfig()` by default.
         train_dataset: examples with TRL's vision preference columns `images` (or `image`), `prompt`, `chosen`,
-            `rejected`.
+            `rejected`, and token weights if there are any; see `PreferenceCollator`.
         eval_dataset: examples of the same form, or a dictionary of such data sets.
         processing_class: the model's processor; by default the one saved with the model.
         callbacks, optimizers: as transformers.Trainer takes them.
@@ -111,7 +113,7 @@ class BPOTrainer(Trainer):
                     module.p = 0.0
         if args.checkpointing_mode is not None:
             set_checkpointing(model.get_base_model().get_decoder(), args.checkpointing_mode)
-        self.loss_config = args.loss_config()
+        self.loss_config, self.weakening = args.loss_config(), args.weakening()
         self.responses = ("chosen",) if self.loss_config.loss_types == ("sft",) else ("chosen", "rejected")
         evaluated = eval_dataset.items() if isinstance(eval_dataset, dict) else [("eval_dataset", eval_dataset)]
         if train_dataset is None:
@@ -125,6 +127,7 @@ class BPOTrainer(Trainer):
             max_length=args.max_length,
             token_budget=args.token_budget,
             responses=self.responses,
+            weakening=self.weakening,
         )
         self._metrics, self._waiting = {"train": MetricSums(), "eval": MetricSums()}, Waiting()
         # Tokens trained on in this process, and in all before it, whose number a checkpoint keeps.
@@ -188,6 +191,10 @@ class BPOTrainer(Trainer):
         num_examples = min(self.args.per_device_train_batch_size, len(self.train_dataset))
         examples = list(map(self.train_dataset.whole, range(num_examples)))
         difference = check_packed_forward(self.model, self.data_collator, examples)
+        if self.weakening is not None:
+            first = self.data_collator(examples[:1])["sequences"][0].to(self.args.device)
+            with evaluated(self.model):
+                check_weakening(self.model, first.image_inputs, self.weakening)
         if not checkpoint:  # a resumed run's log is that of one that was not stopped
             self._start_difference = difference
         use_caches(self, self._kept_reference)
@@ -303,7 +310,10 @@ class BPOTrainer(Trainer):
     def _model_inputs(self, model, sequence: PackedSequence) -> dict:
         # The frozen vision part runs once for policy and reference, chosen and rejected.
         features = sequence.image_features
-        if sequence.image_inputs:
+        if sequence.noise_ids is not None:
+            noise = self.weakening, sequence.noise_ids, sequence.num_image_rows
+            features = features_of_both_roots(model, sequence.image_inputs, *noise, kept=features)
+        elif sequence.image_inputs:
             features = image_features(model, sequence.image_inputs)
         return {
             "packing": sequence.packing,
@@ -335,23 +345,20 @@ class BPOTrainer(Trainer):
             return self._reference(self.model, inputs)
 
     def _pair_loss(self, model, sequence: PackedSequence):
-        packing = sequence.packing
         inputs = self._model_inputs(self.accelerator.unwrap_model(model), sequence)
         ref_token_logps = sequence.ref_token_logps
         if ref_token_logps is None and self.loss_config.needs_reference:
             ref_token_logps = self._reference(model, inputs)
         policy = model(**inputs, with_statistics=True)
-        responses = Responses(
-            sums=lambda values: _chosen_first(sum_branches(values, packing)),
-            places=lambda: (packing.branch_offset, packing.branch_index // 2),
-            num_tokens=_chosen_first(packing.num_tokens),
-        )
+        packing = sequence.packing
+        responses = packed_responses(packing, packing.num_branches // self.loss_config.responses_per_pair)
         output = token_preference(
             policy.token_logps,
             responses,
             self.loss_config,
             ref_token_logps=ref_token_logps,
             statistics=policy.statistics,
+            token_weights=sequence.token_weights,
             batch=sequence.batch,
         )
         output = replace(output, statistics=TokenStatistics(*map(responses.sums, policy.statistics)))
@@ -381,8 +388,3 @@ class BPOTrainer(Trainer):
         if mode == "train" and self._start_difference is not None:
             logs["packed_forward_difference"], self._start_difference = self._start_difference, None
         super().log(logs, start_time)
-
-
-def _chosen_first(branches: torch.Tensor) -> torch.Tensor:
-    """[2B] in the packed order chosen, rejected, chosen, ... -> [2B], all chosen and then all rejected."""
-    return branches.view(-1, 2).t().reshape(-1)

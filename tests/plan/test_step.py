@@ -36,6 +36,7 @@ CASES = {
     "caches": {"precompute_ref_log_probs": True, "cache_image_features": True},
     "bf16 autocast, PEFT's linears": {"bf16": True, "fused_lora": False},
     "sft": {"loss_type": "sft", "checkpointing": "every_2"},
+    "second roots": {"loss_type": "mdpo"},
 }
 
 

@@ -22,6 +22,7 @@ from bpo_fast.models import attention
 from bpo_fast.models.lora import restrict_to_decoder
 from bpo_fast.models.packed_forward import enable_packed_forward
 from bpo_fast.models.packing import Group, pack
+from bpo_fast.models.weakened_roots import Weakening, second_root
 from bpo_fast.train.collator import PackedSequence
 from bpo_fast.train.metrics import MetricSums
 
@@ -54,17 +55,23 @@ def varlen(monkeypatch):
     monkeypatch.setattr(attention, "choose_backend", lambda *_: ("torch_varlen", "the test says so"))
 
 
-def sequence(responses=2):
+def sequence(loss="sigmoid"):
     groups = [Group([*PREFIX, 7, 30], [[9, 10, 40, 11], [12, 5]]), Group([*PREFIX, 8], [[9], [11, 12, 5]])]
-    packing = pack([Group(group.prefix, group.branches[:responses]) for group in groups])
+    groups = [Group(group.prefix, group.branches[: 1 if loss == "sft" else 2]) for group in groups]
+    noise = {"noise_ids": torch.arange(2), "num_image_rows": (4, 4)} if loss == "mdpo" else {}
+    packing = pack([*groups, *map(second_root, groups)] if noise else groups)
     rows = torch.nonzero(packing.input_ids == IMAGE).flatten()
-    return PackedSequence(packing, {"pixel_values": torch.zeros(2, 3, 16, 16)}, rows, Batch(2, 5))
+    weights = torch.ones(len(packing.targets))
+    return PackedSequence(
+        packing, {"pixel_values": torch.zeros(2, 3, 16, 16)}, rows, Batch(2, 5), token_weights=weights, **noise
+    )
 
 
 def step(model, sequence, options=None, deterministic=False):
     """BPOTrainer's own step, without what goes around it."""
     trainer = BPOTrainer.__new__(BPOTrainer)
     trainer.loss_config = LossConfig(**options or {})
+    trainer.weakening = Weakening(500, "features", "sigmoid", 0)
     trainer.responses = ("chosen",) if trainer.loss_config.loss_types == ("sft",) else ("chosen", "rejected")
     trainer.args = SimpleNamespace(deterministic_attention=deterministic, full_determinism=False)
     trainer.accelerator = SimpleNamespace(unwrap_model=lambda model: model)
@@ -78,9 +85,11 @@ def step(model, sequence, options=None, deterministic=False):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_every_loss(model, varlen, loss):
+def test_every_loss(model, varlen, monkeypatch, loss):
+    # The op itself goes to the CPU's or a GPU's extension.
+    monkeypatch.setattr("bpo_fast.models.weakened_roots.add_noise", lambda x, **_: x.clone())
     options = {"loss_type": [loss], "label_smoothing": 1e-3 if loss in ("exo_pair", "robust") else 0.0}
-    step(model, sequence(1 if loss == "sft" else 2).to("meta"), options)
+    step(model, sequence(loss).to("meta"), options)
 
 
 def test_attention_segment_by_segment_and_with_a_fixed_order(model, varlen, monkeypatch):
@@ -108,6 +117,6 @@ def test_reading_a_number_back_is_noticed(model, varlen, monkeypatch):
     def reads_back(values):
         return values * bool(values.isfinite().all())
 
-    monkeypatch.setattr("bpo_fast.train.trainer._chosen_first", reads_back)
+    monkeypatch.setattr("bpo_fast.train.responses.sum_branches", lambda values, _: reads_back(values))
     with pytest.raises((RuntimeError, NotImplementedError)):
         step(model, sequence().to("meta"))

@@ -140,6 +140,7 @@ def test_the_count_sees_what_it_counts():
         {"checkpointing": "offload", "loss_type": ["sft"]},
         {"ld_alpha": 0.5, "use_weighting": True, "checkpointing": "none"},
         {"loss_type": ["ipo"], "lr_scheduler_type": "cosine", "warmup_steps": 2},
+        {"loss_type": ["mdpo"], "token_budget": 70},
     ],
 )
 def test_no_step_waits_between_logs(tmp_path, options):
