@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import VOCAB_SIZE, make_processor
+from tiny_models import SPECIAL, VOCAB_SIZE, make_processor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils.import_utils import is_serve_available
 
@@ -30,6 +30,7 @@ def make_llama():
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB_SIZE, initializer_range=0.2, **sizes, **tokens)).eval()
+    model.lm_head.weight.data[: len(SPECIAL)] = 0  # so that every answer has words
     tokenizer = make_processor().tokenizer
     tokenizer.chat_template = TEMPLATE
     return model, tokenizer
@@ -160,6 +161,17 @@ def completion(text, finish_reason="stop"):
 
 
 NO_ANSWER = None, {}, b"", None
+FAULTS = {
+    "busy": answer({"error": "busy"}, 429, Retry_After="0.3"),
+    "broken": answer({"error": "broken"}, 500),
+    "away": answer(b"<html>no gateway</html>", 503, Content_Type="text/html"),
+    "half JSON": answer(b'{"choices": [{"message": {"ro'),
+    "no JSON": answer(b"<html></html>", Content_Type="text/html"),
+    "cut off": answer(completion("w1 w2"), sent=40),
+    "an error as an answer": answer({"error": {"message": "overloaded"}}),
+    "no choice": answer({**completion(""), "choices": []}),
+    "no word": NO_ANSWER,
+}
 
 
 class _Server(ThreadingHTTPServer):

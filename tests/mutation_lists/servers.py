@@ -86,6 +86,13 @@ MUTATIONS = [
         "tests/answers/test_server.py::test_sampling_is_asked_for_with_the_seed_of_each_prompt",
     ),
     Mutation(
+        "a server's address among what decides the responses",
+        INJECTED,
+        "None if self.server is None else self.server.model",
+        "None if self.server is None else self.server.base_url",
+        "tests/bootstrap/test_error_injected_server.py::test_a_run_through_all_faults_ends_as_one_without_and_holds_no_key",
+    ),
+    Mutation(
         "errors drawn with one seed for all samples",
         INJECTED,
         "draw(self.seed, samples[n], self.kind, error)",
