@@ -27,6 +27,7 @@ bench: $(INSTALLED)
 	$(VENV)/bin/python bench/throughput.py
 	$(VENV)/bin/python bench/losses.py
 	$(VENV)/bin/python bench/losses.py --sweep
+	$(VENV)/bin/python bench/scoring.py
 	$(VENV)/bin/python bench/noise.py
 	$(VENV)/bin/python bench/noise.py --dtype bfloat16
 	$(VENV)/bin/python bench/tables.py
