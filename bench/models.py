@@ -1,4 +1,4 @@
-"""What throughput.py trains and scoring.py scores by: a random LLaVA of any size, on CUDA made on the card in 4 bits; and pairs for it."""
+"""A random LLaVA of any size, on CUDA made on the card in 4 bits, that throughput.py trains; and pairs for it."""
 
 import random
 
