@@ -28,7 +28,8 @@ from bpo_fast.data.tables import TableRecords
 from bpo_fast.runs.files import json_text
 
 # What is kept of a sample, and how: where its record is, which of its samples it is, what it is known and drawn by.
-_KEPT = {"place": "q", "record": "q", "turn": "i", "length": "i", "sample_id": "q", "draw": "q"}
+_KEPT = {"place": "q", "record": "I", "turn": "I", "length": "I", "sample_id": "q", "draw": "q"}
+_REPEAT = "a repeat of an earlier record: the same id, image and question"
 
 
 @dataclass(frozen=True)
@@ -90,24 +91,43 @@ def read_sources(
     """
     if max_response_words is not None and max_response_words < 1:
         raise ValueError(f"max_response_words: found {max_response_words}, expected at least 1 or None.")
+    if not sources:
+        raise ValueError("sources: found none, expected at least one.")
     check_source_names(sources)
     skipped, drawn, counts = Skips(), [], {}
     for source in sources:
-        found, number = _read(source, seed, max_response_words, skipped)
-        order = np.argsort(found["draw"], kind="stable")[: source.samples]
-        counts[source.name] = {"records": number, "usable": len(found["draw"]), "asked": source.samples}
-        drawn.append({name: values[order] for name, values in found.items()})
-    kept = {name: np.concatenate([found[name] for found in drawn]) for name in _KEPT}
-    kept["source"] = np.repeat(np.arange(len(sources), dtype=np.int16), [len(found["draw"]) for found in drawn])
-    # The share of its source that a sample and those drawn before it make up: the lowest are a mixture of the same
-    # shares.
-    shares = np.concatenate([(np.arange(len(found["draw"])) + 0.5) / len(found["draw"]) for found in drawn])
-    lowest = np.lexsort((kept["source"], shares))[:max_samples]
-    chosen = lowest[np.lexsort((kept["turn"][lowest], kept["record"][lowest], kept["source"][lowest]))]
-    samples = Samples(sources, max_response_words, {name: values[chosen] for name, values in kept.items()})
-    for number, source in enumerate(sources):
-        counts[source.name]["selected"] = int((samples.kept["source"] == number).sum())
-    return Selection(samples, skipped, counts)
+        columns, counts[source.name] = _drawn(source, seed, max_response_words, skipped)
+        drawn.append(columns)
+    sizes = _shares([len(columns["place"]) for columns in drawn], max_samples)
+    for source, size in zip(sources, sizes, strict=True):
+        counts[source.name]["selected"] = size
+    orders = [
+        np.lexsort((columns["turn"][:size], columns["record"][:size]))
+        for columns, size in zip(drawn, sizes, strict=True)
+    ]
+    # Column by column, so that no more than one is held twice.
+    kept = {
+        name: np.concatenate([columns.pop(name)[order] for columns, order in zip(drawn, orders, strict=True)])
+        for name in list(drawn[0])
+    }
+    kept["source"] = np.repeat(np.arange(len(sources), dtype=np.int32), sizes)
+    return Selection(Samples(sources, max_response_words, kept), skipped, counts)
+
+
+def _shares(sizes: Sequence[int], total: int | None) -> list[int]:
+    """How many of each source's samples make a mixture of `total` in which the sources keep their shares.
+
+    Of the samples of all sources, each at the share of its source that it and those before it make up, the lowest are
+    taken: a larger total is the smaller one's and more.
+
+    >>> _shares([60, 30], 3), _shares([60, 30], 4), _shares([60, 30], None)
+    ([2, 1], [3, 1], [60, 30])
+    """
+    if total is None or total >= sum(sizes):
+        return list(sizes)
+    shares = np.concatenate([(np.arange(size) + 0.5) / size for size in sizes])
+    lowest = np.argsort(shares, kind="stable")[:total]
+    return np.histogram(lowest, bins=[0, *np.cumsum(sizes)])[0].tolist()
 
 
 class Samples(Sequence):
@@ -116,7 +136,7 @@ class Samples(Sequence):
     Attributes:
         sources: by name.
         sample_ids: [N] int64, `Annotation.sample_id` of each.
-        lengths: [N] int32, the characters of each answer.
+        lengths: [N] uint32, the characters of each answer.
     """
 
     def __init__(self, sources: Sequence[Source], max_response_words: int | None, kept: dict[str, np.ndarray]):
@@ -161,15 +181,13 @@ class Samples(Sequence):
 
     def image_bytes(self, sample: Annotation) -> bytes:
         """The image file of a sample, wherever it lies."""
-        path = self.image_file(sample)
-        return self._records(sample.source).image_bytes(sample.record) if path is None else path.read_bytes()
+        found = self._image(sample)
+        return found if isinstance(found, bytes) else found.read_bytes()
 
     def image_file(self, sample: Annotation) -> Path | None:
         """Path of a sample's image; None where it is embedded in a table."""
-        records, folder = self._records(sample.source), self.sources[sample.source].folder
-        if isinstance(records, TableRecords) and records.is_embedded(sample.record):
-            return None
-        return image_path(folder, sample.image)
+        found = self._image(sample)
+        return None if isinstance(found, bytes) else found
 
     def read_image(self, sample: Annotation) -> Image.Image:
         """The image of a sample, as `data.images.read_image` decodes it.
@@ -177,8 +195,13 @@ class Samples(Sequence):
         Raises:
             ValueError: it cannot be decoded.
         """
-        path = self.image_file(sample)
-        return read_image(self.image_bytes(sample), sample.image) if path is None else read_image(path)
+        return read_image(self._image(sample), sample.image)
+
+    def _image(self, sample):
+        """The bytes of an embedded image, the path of any other."""
+        records = self._records(sample.source)
+        embedded = records.image_bytes(sample.record) if isinstance(records, TableRecords) else None
+        return image_path(self.sources[sample.source].folder, sample.image) if embedded is None else embedded
 
     def _records(self, name):
         if name not in self._opened:
@@ -225,12 +248,33 @@ class Skips:
             self._file.seek(0, 2)
 
 
+def _drawn(source, seed, max_response_words, skipped):
+    """The numbers of a source's samples in the order of their draw, as many as it wants, and its counts."""
+    arrays, records, first = _read(source, seed, max_response_words, skipped)
+    if not len(arrays["place"]):
+        raise ValueError(f"source '{source.name}': {no_usable_record(records, first)}")
+    order = np.argsort(arrays.pop("draw"), kind="stable")
+    # Repeats share an id, and so their draw; the order of the file is kept among them.
+    ids = arrays["sample_id"][order]
+    repeats = np.concatenate([[False], ids[1:] == ids[:-1]])
+    del ids
+    if repeats.any():
+        again = np.sort(order[repeats])
+        kept = {name: values[again] for name, values in arrays.items()} | {"source": np.zeros(len(again), np.int32)}
+        for sample in Samples([source], max_response_words, kept):
+            skipped.add(Skip(sample.record, sample.id, _REPEAT, _REPEAT, source.name))
+        order = order[~repeats]
+    counts = {"records": records, "usable": len(order), "asked": source.samples}
+    order = order[: source.samples]
+    return {name: arrays.pop(name)[order] for name in list(arrays)}, counts
+
+
 def _read(source, seed, max_response_words, skipped):
-    """The numbers of a source's usable samples, repeats left out, and how many records it has."""
-    records, kept = source.open(), {name: array(code) for name, code in _KEPT.items()}
+    """The numbers of all samples that can be used, how many records there are, and the first that was left out."""
+    opened, kept = source.open(), {name: array(code) for name, code in _KEPT.items()}
     number, first = 0, None
-    with tqdm(total=records.size, desc=f"reading {source.name}", unit_scale=True, disable=None) as bar:
-        for number, (place, record) in enumerate(records, start=1):
+    with tqdm(total=opened.size, desc=f"reading {source.name}", unit_scale=True, disable=None) as bar:
+        for number, (place, record) in enumerate(opened, start=1):
             for turn, found in enumerate(source.samples_of(record, number - 1, max_response_words)):
                 if isinstance(found, Skip):
                     first = first or found
@@ -240,19 +284,5 @@ def _read(source, seed, max_response_words, skipped):
                 for column, value in zip(kept.values(), values, strict=True):
                     column.append(value)
             bar.update(place - bar.n)
-        bar.update(records.size - bar.n)
-    if not kept["place"]:
-        raise ValueError(f"source '{source.name}': {no_usable_record(number, first)}")
-    arrays = {name: np.frombuffer(values, dtype=values.typecode) for name, values in kept.items()}
-    _, firsts = np.unique(arrays["sample_id"], return_index=True)
-    firsts.sort()
-    repeats = np.setdiff1d(np.arange(len(arrays["place"])), firsts, assume_unique=True)
-    repeated = Samples(
-        [source],
-        max_response_words,
-        {"source": np.zeros(len(repeats), np.int16)} | {name: values[repeats] for name, values in arrays.items()},
-    )
-    for sample in repeated:
-        reason = "a repeat of an earlier record: the same id, image and question"
-        skipped.add(Skip(sample.record, sample.id, reason, reason, source.name))
-    return {name: values[firsts] for name, values in arrays.items()}, number
+        bar.update(opened.size - bar.n)
+    return {name: np.frombuffer(values, dtype=values.typecode) for name, values in kept.items()}, number, first

@@ -9,12 +9,12 @@ import mmap
 import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from datasets import Dataset, load_dataset, load_from_disk
+from datasets import load_dataset, load_from_disk
 
 from bpo_fast.data.conversations import Columns
 from bpo_fast.data.images import Embedded
@@ -27,6 +27,8 @@ _BATCHES_KEPT = 64
 class TableRecords:
     """The rows of a data set, iterated as (number, record).
 
+    The image of a record is a path, an `Embedded` name, or None where the row has none or several.
+
     Args:
         location: a Parquet or Arrow file, a folder of them, a folder of `save_to_disk`, or a data set of the Hub.
         columns: where a row keeps what; only these are read.
@@ -34,71 +36,106 @@ class TableRecords:
         subset: of a data set of the Hub that has several.
 
     Raises:
-        ValueError: there is no such data set, it cannot be read, or it lacks a column.
+        ValueError: there is no such data set, it cannot be read, or it lacks a column; while rows are read, that some
+            are damaged.
+
+    Example:
+
+    >>> from tempfile import mkdtemp
+    >>> path = Path(mkdtemp(), "rows.arrow")
+    >>> table = pa.table({"picture": ["1.png", "2.png"], "q": ["What?", "Where?"], "a": ["A cat.", "Here."]})
+    >>> with pa.ipc.new_stream(str(path), table.schema) as writer:
+    ...     writer.write_table(table)
+    >>> rows = TableRecords(path, Columns(image="picture", question="q", answer="a"))
+    >>> rows.size, rows.read([1])
+    (2, [{'q': 'Where?', 'a': 'Here.', 'picture': '2.png'}])
     """
 
     def __init__(
         self, location: str | os.PathLike, columns: Columns, *, split: str = "train", subset: str | None = None
     ):
         self.name, self.columns = str(location), columns
-        self.files = _arrow_files(self.name, split, subset)
-        found = _batches(self.files[0])[0].schema.names if self.files else []
-        missing = [name for name in (columns.image, *columns.texts) if name not in found]
-        if missing:
+        try:
+            self._files = [_ArrowFile(file) for file in _arrow_files(self.name, split, subset)]
+        # What the Hub, the network, a damaged file or a builder of `datasets` brings up.
+        except Exception as error:
             raise ValueError(
-                f"{self.name}: found no column '{missing[0]}' among {shown(found)}, expected the columns of image and "
-                "texts; say in columns which they are."
-            )
+                f"{self.name}: found no data set that can be read ({shown(str(error))}), expected a JSON, Parquet or "
+                "Arrow file, a folder of them or of save_to_disk, or a data set of the Hub."
+            ) from None
+        for file in self._files:
+            missing = [name for name in (columns.image, *columns.texts) if name not in file.schema.names]
+            if missing:
+                raise ValueError(
+                    f"{self.name}: found no column '{missing[0]}' among {', '.join(file.schema.names)}, expected "
+                    "those of image and texts; say in columns which they are."
+                )
+        self._starts = list(accumulate((file.starts[-1] for file in self._files), initial=0))
 
     @property
     def size(self) -> int:
         """Number of rows."""
-        return sum(_starts(file)[-1] for file in self.files)
+        return self._starts[-1]
 
     def __iter__(self) -> Iterator[tuple[int, dict]]:
-        row = 0
-        for file in self.files:
-            for number, batch in enumerate(_batches(file)):
-                for record in self._records(batch, row):
-                    yield row, record
-                    row += 1
-                if number % _BATCHES_KEPT == 0:
-                    _mapped(file).madvise(mmap.MADV_DONTNEED)
-            _mapped(file).madvise(mmap.MADV_DONTNEED)
+        for file, first in zip(self._files, self._starts, strict=False):
+            for number, (batch, start) in enumerate(zip(file.batches, file.starts, strict=False), start=1):
+                yield from enumerate(self._records(batch, first + start), start=first + start)
+                if number % _BATCHES_KEPT == 0 or number == len(file.batches):
+                    file.mapped.madvise(mmap.MADV_DONTNEED)
 
     def read(self, rows: Iterable[int]) -> list[dict]:
         """The records of these rows."""
         return [self._records(self._row(row), row)[0] for row in rows]
 
-    def is_embedded(self, row: int) -> bool:
-        """Whether the image of a row is in the table itself."""
-        return isinstance(_images(self._row(row).column(self.columns.image), row)[0], Embedded)
-
-    def image_bytes(self, row: int) -> bytes:
-        """The embedded image of a row."""
+    def image_bytes(self, row: int) -> bytes | None:
+        """The embedded image of a row; None if it is given by its path."""
         image = self._row(row).column(self.columns.image)[0].as_py()
         image = image[0] if isinstance(image, list) else image
-        return image["bytes"] if isinstance(image, dict) else image
+        image = image["bytes"] if isinstance(image, dict) else image
+        return image if isinstance(image, bytes) else None
 
     def _row(self, row):
         """A batch of one row."""
-        for file in self.files:
-            starts = _starts(file)
-            if row < starts[-1]:
-                number = bisect_right(starts, row) - 1
-                return _batches(file)[number].slice(row - starts[number], 1)
-            row -= starts[-1]
-        raise IndexError(row)
+        number = bisect_right(self._starts, row) - 1
+        file, row = self._files[number], row - self._starts[number]
+        number = bisect_right(file.starts, row) - 1
+        return file.batches[number].slice(row - file.starts[number], 1)
 
     def _records(self, batch, row):
-        texts = [name for name in (self.columns.id, *self.columns.texts) if name in batch.schema.names]
-        records = batch.select(texts).to_pylist()
-        images = _images(batch.column(self.columns.image), row)
+        names = [name for name in (self.columns.id, *self.columns.texts) if name in batch.schema.names]
+        try:
+            for name in (*names, self.columns.image):
+                batch.column(name).validate(full=True)
+            records = batch.select(names).to_pylist()
+            images = _images(batch.column(self.columns.image), row)
+        except (pa.ArrowException, UnicodeDecodeError) as error:
+            rows = f"rows {row} to {row + len(batch) - 1}"
+            raise ValueError(
+                f"{self.name}: found damage within {rows} ({shown(str(error))}), expected whole ones; make or fetch "
+                "the data set again."
+            ) from None
         return [record | {self.columns.image: image} for record, image in zip(records, images, strict=True)]
 
 
+class _ArrowFile:
+    """A file of Arrow's, in either of its forms: its batches, and the row that each starts with."""
+
+    def __init__(self, path: str):
+        with open(path, "rb") as file:
+            self.mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        buffer = pa.py_buffer(self.mapped)
+        if self.mapped[:6] == b"ARROW1":  # with an index at its end
+            file = pa.ipc.open_file(buffer)
+            self.batches = [file.get_batch(number) for number in range(file.num_record_batches)]
+        else:
+            file = pa.ipc.open_stream(buffer)
+            self.batches = list(file)
+        self.schema = file.schema
+        self.starts = list(accumulate(map(len, self.batches), initial=0))
+
+
 def _images(column: pa.Array, row: int) -> list[Any]:
-    """An entry an image of a column: its path, its name if it is embedded, None if there is none or several."""
     kind = column.type
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         flat = iter(_images(column.flatten(), row))
@@ -115,58 +152,21 @@ def _images(column: pa.Array, row: int) -> list[Any]:
     return [Embedded(name) if inside else path for name, path, inside in zip(names, paths, embedded, strict=True)]
 
 
-def _arrow_files(name: str, split: str, subset: str | None) -> tuple[str, ...]:
+def _arrow_files(name: str, split: str, subset: str | None) -> list[str]:
     path = Path(name)
-    try:
-        if path.is_dir() and (path / "dataset_dict.json").is_file():
-            path /= split
-            if not path.is_dir():
-                raise FileNotFoundError(f"no split '{split}'")
-        if path.is_dir() and (path / "dataset_info.json").is_file():
-            return _files_of(load_from_disk(str(path)))
-        if path.is_file() and path.suffix == ".arrow":
-            return (str(path),)
-        if path.exists():
-            files = [path] if path.is_file() else sorted(path.rglob("*.parquet")) or sorted(path.rglob("*.arrow"))
-            if files and files[0].suffix == ".arrow":
-                return tuple(map(str, files))
-            if not files:
-                raise FileNotFoundError("a folder without .parquet or .arrow files")
-            return _files_of(load_dataset("parquet", data_files=list(map(str, files)), split="train"))
-        return _files_of(load_dataset(name, subset, split=split))
-    # What the Hub, the network, a damaged file or a builder brings up.
-    except Exception as error:
-        raise ValueError(
-            f"{name}: found no data set that can be read ({shown(str(error))}), expected a JSON, Parquet or Arrow "
-            "file, a folder of save_to_disk, or a data set of the Hub."
-        ) from None
-
-
-def _files_of(dataset: Dataset) -> tuple[str, ...]:
-    return tuple(entry["filename"] for entry in dataset.cache_files)
-
-
-@lru_cache
-def _mapped(file: str) -> mmap.mmap:
-    with open(file, "rb") as opened:
-        return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-
-
-@lru_cache
-def _batches(file: str) -> list[pa.RecordBatch]:
-    """The batches of a file, none of whose pages are read for that."""
-    buffer = pa.py_buffer(_mapped(file))
-    try:
-        return list(pa.ipc.open_stream(buffer))
-    except pa.ArrowInvalid:  # Arrow's other form, with an index at its end
-        opened = pa.ipc.open_file(buffer)
-        return [opened.get_batch(number) for number in range(opened.num_record_batches)]
-
-
-@lru_cache
-def _starts(file: str) -> list[int]:
-    """The row that each batch of a file starts with, and at last the number of rows."""
-    starts = [0]
-    for batch in _batches(file):
-        starts.append(starts[-1] + batch.num_rows)
-    return starts
+    if (path / "dataset_dict.json").is_file():
+        path /= split
+        if not path.is_dir():
+            raise FileNotFoundError(f"no split '{split}'")
+    if (path / "dataset_info.json").is_file():
+        dataset = load_from_disk(str(path))
+    elif path.exists():
+        files = [path] if path.is_file() else sorted(path.rglob("*.parquet")) or sorted(path.rglob("*.arrow"))
+        if not files:
+            raise FileNotFoundError("a folder without .parquet and .arrow files")
+        if files[0].suffix == ".arrow":
+            return list(map(str, files))
+        dataset = load_dataset("parquet", data_files=list(map(str, files)), split="train")
+    else:
+        dataset = load_dataset(name, subset, split=split)
+    return [entry["filename"] for entry in dataset.cache_files]
