@@ -17,7 +17,7 @@ class _Page(HTMLParser):
             self.widths.append(int(attrs.get("width", 0)))
         if tag == "img":
             self.alts.append(attrs["alt"])
-        if tag not in ("meta", "img", "source"):
+        if tag not in ("meta", "img", "source", "input"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):

@@ -144,6 +144,7 @@ def test_a_wheel_from_the_sdist_is_complete(wheel):
         names = set(archive.namelist())
     sources = [path for path in ROOT.glob("bpo_fast/**/*.py") if "__pycache__" not in path.parts]
     folders = ("bpo_fast/demo/checkpoint", "bpo_fast/demo/templates", "bpo_fast/bootstrap/templates")
+    folders += ("bpo_fast/report/browse/page",)
     data = [path for folder in folders for path in (ROOT / folder).iterdir() if path.is_file()]
     expected = {str(path.relative_to(ROOT)) for path in [*sources, *data]}
     for pattern in ("kernels/*.py", "recipes/*.yaml"):

@@ -21,10 +21,13 @@ def document(name: str, data_folder: str, index: Index, counts: Mapping[str, int
         index: of the pairs, for their figures.
         counts, left_out: of `write_browser`.
     """
-    cards = [(f"{counts['pairs']:,}", "pairs", _INK), (f"{counts['images']:,}", "images", _INK)]
-    if counts["unreadable"]:
-        cards.append((f"{counts['unreadable']:,}", "images that cannot be shown", "var(--bad)"))
-    cards += [(f"{count:,}", mark, _INK) for mark, count in index.marks.most_common() if mark != UNREADABLE]
+    pairs, images, unreadable = (counts[name] for name in ("pairs", "images", "unreadable"))
+    numbers = [(pairs, "pair" if pairs == 1 else "pairs"), (images, "image" if images == 1 else "images")]
+    numbers += [(count, mark) for mark, count in index.marks.most_common() if mark != UNREADABLE]
+    cards = [(f"{number:,}", label, _INK) for number, label in numbers]
+    if unreadable:
+        label = f"{'image' if unreadable == 1 else 'images'} that cannot be shown"
+        cards.insert(2, (f"{unreadable:,}", label, "var(--bad)"))
     if left_out:
         cards.append((f"{sum(left_out.values()):,}", "records left out", _INK))
     tables = [page.section("Kinds", "", _kinds(index.kinds))]
