@@ -1,29 +1,21 @@
 """The page of 5,000 pairs in a real browser, opened from the disk."""
 
 import json
-import os
 import random
 import re
-import shutil
-import time
 
 import pytest
+from headless import LACKS, headless, open_page, settle
 from PIL import Image
 
 from bpo_fast.data.formats import preference_row
 from bpo_fast.report.browse import write_browser
 
 pytest.importorskip("selenium", reason="needs selenium: pip install selenium")
-from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER), reason="needs Chromium and its driver: apt-get install chromium chromium-driver"
-)
+pytestmark = pytest.mark.skipif(LACKS is not None, reason=LACKS or "")
 
 NUM_PAIRS, PAGE = 5000, 20
 KINDS = {"image_weakened": ("300", "500", "700"), "error_injected": ("count", "object"), "self_generated": ("",)}
@@ -83,37 +75,18 @@ def rows(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    flags = ["headless=new", "disable-dev-shm-usage", "window-size=1280,900"]
-    for flag in [*flags, *(["no-sandbox"] if os.geteuid() == 0 else [])]:
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options, Service(DRIVER))
-    yield driver
-    driver.quit()
+    with headless() as driver:
+        yield driver
 
 
 class Page:
     """The page as a reader has it."""
 
     def __init__(self, browser, file, rows):
-        self.browser, self.url, self.rows = browser, file.as_uri(), rows
+        self.browser, self.file, self.rows = browser, file, rows
 
     def open(self, address=""):
-        self.browser.get("about:blank")
-        self.browser.get(f"{self.url}{address}")
-        self.settle()
-
-    def settle(self):
-        """Wait until what was asked for is drawn."""
-        deadline = time.monotonic() + 20
-        while self.run(
-            "return !pairs || hashOf(state) !== hashOf({ ...readHash(), page: state.page }) || read < 1"
-            " || document.getElementById('list').ariaBusy === 'true'"
-        ):
-            assert time.monotonic() < deadline, self.text("#count")
-            time.sleep(0.01)
+        open_page(self.browser, self.file, address)
 
     def run(self, script, *arguments):
         return self.browser.execute_script(script, *arguments)
@@ -140,7 +113,7 @@ class Page:
     def pause(self):
         """Let the browser take the change of the address in, then wait."""
         self.browser.execute_async_script("setTimeout(arguments[0], 20)")
-        self.settle()
+        settle(self.browser)
 
     def press(self, *keys):
         for key in keys:
@@ -151,7 +124,7 @@ class Page:
         self.run("document.getElementById('query').value = arguments[0]", words)
         self.run("document.getElementById('query').dispatchEvent(new Event('input'))")
         self.browser.execute_async_script("setTimeout(arguments[0], 270)")
-        self.settle()
+        settle(self.browser)
 
     def ids(self):
         return self.texts(".pair .id bdi")
@@ -290,7 +263,7 @@ def test_pages_and_keys(page):
     # A key is a letter where one writes.
     page.find("#query").send_keys("j", Keys.ESCAPE)
     page.browser.execute_async_script("setTimeout(arguments[0], 270)")
-    page.settle()
+    settle(page.browser)
     assert page.run("return [document.activeElement.id, state.query]") == ["", "j"]
     page.press("?")
     assert page.run("return document.getElementById('keys').open")
