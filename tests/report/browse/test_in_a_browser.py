@@ -212,7 +212,7 @@ def test_pairs_are_filtered_by_kind_variant_source_and_what_is_said_of_them(page
 @pytest.mark.parametrize(
     ("words", "pattern"),
     [
-        ("ZEPPELIN (v2.0)", r"zeppelin \(v2\.0\)"),
+        ('ZEPPELIN "(v2.0) over"', r"zeppelin \(v2\.0\) over"),
         ("zürich", "zürich"),
         ('"three man woman"', "three man woman"),
         ("s123", "s123"),
