@@ -21,14 +21,12 @@ def _vocabulary_slices(weight):
 
 def _multiply(a, b, out, add):
     """out <- a @ b, or out + a @ b."""
-    if a.dtype == out.dtype:
-        return torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
-    if a.is_cuda:
+    if a.is_cuda and a.dtype != out.dtype:
         if add:
             return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
         return torch.mm(a, b, out_dtype=out.dtype, out=out)
     a, b = a.to(out.dtype), b.to(out.dtype)
-    return out.addmm_(a, b) if add else out.copy_(a @ b)
+    return torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
 
 
 def fill_logits_(logits, hidden, weight, add=False):

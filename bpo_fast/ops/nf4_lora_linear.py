@@ -19,10 +19,11 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
+from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
 from torch.nn.functional import linear
 
 
@@ -235,7 +236,7 @@ def dense(frozen: Frozen, dtype: torch.dtype, keep: bool = False) -> Tensor:
     room = None if keep else _buffer
     made = weight if state is None else _dequantised(weight, state, room if state.dtype == dtype else None)
     if made.dtype != dtype:
-        made = made.to(dtype) if room is None or is_fake(made) else room(made, made.shape, dtype).copy_(made)
+        made = made.to(dtype) if room is None else room(made, made.shape, dtype).copy_(made)
     frozen.kept = made if keep else None
     return made
 
@@ -244,23 +245,25 @@ def _dequantised(weight: Tensor, state, room: Callable | None) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
     packed = weight.detach()
-    # bitsandbytes writes into a given tensor on a GPU alone.
-    out = room(weight, state.shape, state.dtype) if room and weight.is_cuda and not is_fake(weight) else None
+    # bitsandbytes writes into a given tensor on a GPU alone; a fake tensor may stand for one that is there.
+    out = room(weight, state.shape, state.dtype) if room and (weight.is_cuda or is_fake(weight)) else None
     return dequantize_4bit(packed, state, out=out)
 
 
-# (device, stream or thread, dtype) -> memory for the largest weight so far.
+# (device, stream or thread, dtype) -> memory for the largest weight so far. That of fake tensors ends with their mode.
 _BUFFERS: dict[tuple, Tensor] = {}
+_FAKE_BUFFERS: WeakKeyDictionary[FakeTensorMode, dict[tuple, Tensor]] = WeakKeyDictionary()
 
 
 def _buffer(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     size = shape[0] * shape[1]
+    buffers = _FAKE_BUFFERS.setdefault(like.fake_mode, {}) if is_fake(like) else _BUFFERS
     # What runs on one stream runs in turn; on a CPU, what one thread runs.
     turn = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else threading.get_ident()
     key = (like.device, turn, dtype)
-    if key not in _BUFFERS or _BUFFERS[key].numel() < size:
-        _BUFFERS[key] = torch.empty(size, dtype=dtype, device=like.device)
-    return _BUFFERS[key][:size].view(*shape)
+    if key not in buffers or buffers[key].numel() < size:
+        buffers[key] = torch.empty(size, dtype=dtype, device=like.device)
+    return buffers[key][:size].view(*shape)
 
 
 def _product_dtype(frozen: Frozen, hidden: Tensor, autocast: torch.dtype | None) -> torch.dtype:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
+from bpo_fast.ops.head_products import WIDENED_ROWS
 from bpo_fast.ops.head_sweep import (
     CPU_SCRATCH_BYTES,
     GPU_SCRATCH_BYTES,
@@ -35,19 +36,21 @@ class HeadMemory(NamedTuple):
         logits: bytes of them that it may hold at once, see `ops.head_sweep`.
         block: bytes of the copy of a block of them, from which the CPU has its statistics; a GPU needs none.
         one_pass: bfloat16 gradients are made in one pass over them, in memory of their own, as on a GPU.
+        widens: 16-bit operands are widened for a product, the head by slices, as on a CPU.
     """
 
     logits: int
     block: int
     one_pass: bool
+    widens: bool
 
 
-ON_CPU = HeadMemory(CPU_SCRATCH_BYTES, BLOCK_BYTES, one_pass=False)
+ON_CPU = HeadMemory(CPU_SCRATCH_BYTES, BLOCK_BYTES, one_pass=False, widens=True)
 
 
 def on_card(memory_bytes: int) -> HeadMemory:
     """Of a card with so much memory."""
-    return HeadMemory(max(GPU_SCRATCH_BYTES, memory_bytes // GPU_SCRATCH_SHARE), 0, one_pass=True)
+    return HeadMemory(max(GPU_SCRATCH_BYTES, memory_bytes // GPU_SCRATCH_SHARE), 0, one_pass=True, widens=False)
 
 
 def costs(head: HeadMemory) -> dict[object, Callable[..., Cost]]:
@@ -102,8 +105,9 @@ def _head(given: Arguments, memory: HeadMemory) -> Cost:
     inside = held * (vocab + width * given.with_rows) * wide
     if one_pass:
         inside += held * vocab * narrow
-    if given.with_statistics:
-        inside += min(memory.block, held * vocab * wide)
+    # What a product takes is gone when the statistics are made.
+    widened = (min(WIDENED_ROWS, vocab) + held) * width * wide if memory.widens and narrow < wide else 0
+    inside += max(widened, min(memory.block, held * vocab * wide) if given.with_statistics else 0)
     return Cost(products * 2 * count * width * vocab, moved, transformed * logits, inside)
 
 

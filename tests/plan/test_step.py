@@ -34,6 +34,7 @@ CASES = {
     "recomputed": {},
     "nothing recomputed": {"checkpointing": "none", "token_budget": 600},
     "caches": {"precompute_ref_log_probs": True, "cache_image_features": True},
+    "bf16 autocast": {"bf16": True},
     "bf16 autocast, PEFT's linears": {"bf16": True, "fused_lora": False},
     "sft": {"loss_type": "sft", "checkpointing": "every_2"},
     "second roots": {"loss_type": "mdpo"},
