@@ -23,6 +23,7 @@ def memory_words(peak_bytes):
 COLUMNS = {
     "launch": ("columns*unroll x warps / splits", str),
     "pairs_per_second": ("pairs/s (higher is better)", "{:.3f}".format),
+    "answers_per_second": ("answers/s (higher is better)", "{:,.1f}".format),
     "tokens_per_second": ("tokens/s", "{:,.0f}".format),
     "tflops_per_pair": ("TFLOP a pair", "{:.1f}".format),
     "flops_ratio": ("of {reference}'s FLOPs", "{:.3f}x".format),
@@ -30,6 +31,7 @@ COLUMNS = {
     "gigabytes_per_pair": ("GB moved a pair", "{:.0f}".format),
     "other_gigabytes_per_pair": ("of those, no operands of products", "{:.0f}".format),
     "other_share": ("their share", "{:.1%}".format),
+    "same_answers": ("answers as {reference}'s", "{:.1%}".format),
     "median": ("median time", time_words),
     "quartiles": ("quartiles", lambda pair: " - ".join(map(time_words, pair))),
     "time_ratio": ("of {reference}'s time", "{:.3g}x".format),

@@ -89,6 +89,21 @@ def test_the_noise_from_end_to_end(tmp_path):
     assert rows["clone"]["floor_ratio"] == rows["floor"]["floor_ratio"] == 1.0
 
 
+def test_answers_beside_the_loops_of_others(tmp_path, monkeypatch):
+    import bootstrap
+
+    output = tmp_path / "bootstrap.json"
+    monkeypatch.setattr(bootstrap, "SEVERAL_STEPS", [100, 900])
+    sizes = ["--images=3", "--batch-sizes", "2", "--max-new-tokens=4", "--repeats=1", "--warmup=0"]
+    assert bootstrap.main([*sizes, f"--output={output}"]) == 0
+    groups = json.loads(output.read_text())["groups"]
+    assert list(groups) == ["image_weakened, one step", "image_weakened, 2 steps", "text alone"]
+    for found, answers in zip(groups.values(), (3, 6, 3), strict=True):
+        for row in found["rows"].values():
+            assert row["same_answers"] == 1.0
+            assert row["answers_per_second"] == answers / row["median"]
+
+
 def test_the_sweep_of_launches_under_the_interpreter(tmp_path):
     output = tmp_path / "tuning.json"
     arguments = ("--device", "cpu", "--dtypes", "float32", "--shapes", "2x512", "--output", output)
