@@ -6,6 +6,7 @@ and all host work are left out.
 """
 
 import statistics
+from functools import partial
 
 import torch
 from measure import elapsed, flush_buffer
@@ -29,33 +30,46 @@ def products(shapes, device, dtype):
     return lambda: [torch.mm(*made[shape][:2], out=made[shape][2]) for shape in shapes]
 
 
-def layer_shapes(text, tokens, rank):
+def layer_shapes(text, tokens, mlp_tokens, rank):
     """(forward, low-rank forward, backward) products of a decoder layer with LoRA on its seven linears."""
     width, inner = text.hidden_size, text.intermediate_size
     kv = text.num_key_value_heads * text.head_dim
-    linears = [(width, width)] * 2 + [(width, kv)] * 2 + [(width, inner)] * 2 + [(inner, width)]
-    base = [(tokens, k, n) for k, n in linears]
-    low_rank = [shape for k, n in linears for shape in ((tokens, k, rank), (tokens, rank, n))]
+    linears = [(tokens, width, width)] * 2 + [(tokens, width, kv)] * 2
+    linears += [(mlp_tokens, width, inner)] * 2 + [(mlp_tokens, inner, width)]
+    low_rank = [shape for m, k, n in linears for shape in ((m, k, rank), (m, rank, n))]
     # The gradient of the input through the frozen weight; of the input through the adapter, and of A and B.
-    backward = [(tokens, n, k) for k, n in linears]
-    for k, n in linears:
-        backward += [(tokens, n, rank), (tokens, rank, k), (k, tokens, rank), (rank, tokens, n)]
-    return base, low_rank, backward
+    backward = [(m, n, k) for m, k, n in linears]
+    for m, k, n in linears:
+        backward += [(m, n, rank), (m, rank, k), (k, m, rank), (rank, m, n)]
+    return linears, low_rank, backward
 
 
-def attention_seconds(text, packing, device, dtype):
+def layer_seconds(text, packing, rank, device, dtype, only_tail=False):
+    """Seconds of a layer's products: (forward, low-rank forward, backward, attention, attention's backward).
+
+    Args:
+        only_tail: of the last layer, which computes for the rows that are read (`models.last_layer`).
+    """
+    tokens = len(packing.input_ids)
+    shapes = layer_shapes(text, tokens, len(packing.tail_rows) if only_tail else tokens, rank)
+    linears = [median_seconds(products(each, device, dtype), device) for each in shapes]
+    return *linears, *attention_seconds(text, packing, device, dtype, only_tail)
+
+
+def attention_seconds(text, packing, device, dtype, only_tail):
     """(forward, backward) seconds of a layer's attention over a packed sequence."""
     heads = (text.num_attention_heads, text.num_key_value_heads, text.num_key_value_heads)
     sizes = [(1, number, len(packing.input_ids), text.head_dim) for number in heads]
     rows = [torch.randn(size, device=device, dtype=dtype, requires_grad=True) for size in sizes]
-    gradient = torch.ones_like(packed_attention(*rows, packing))
+    attention = partial(packed_attention, *rows, packing, only_tail=only_tail)
+    gradient = torch.ones_like(attention())
 
     def forward():
         with torch.no_grad():
-            packed_attention(*rows, packing)
+            attention()
 
     def both():
-        torch.autograd.grad(packed_attention(*rows, packing), rows, gradient)
+        torch.autograd.grad(attention(), rows, gradient)
 
     once = median_seconds(forward, device)
     return once, max(0.0, median_seconds(both, device) - once)
@@ -83,18 +97,17 @@ def floor_seconds(config, packings, *, rank, live_reference, live_images, device
     """
     text, total, recomputed = config.text_config, 0.0, 0.0
     for packing in packings:
-        tokens, rows = len(packing.input_ids), len(packing.targets)
-        base, low_rank, backward = (
-            median_seconds(products(shapes, device, dtype), device) for shapes in layer_shapes(text, tokens, rank)
-        )
-        attention, attention_backward = attention_seconds(text, packing, device, dtype)
+        rows = len(packing.targets)
+        layer, last = (layer_seconds(text, packing, rank, device, dtype, only_tail) for only_tail in (False, True))
+        layers = [(text.num_hidden_layers - 1) * each + tail for each, tail in zip(layer, last, strict=True)]
+        base, low_rank, backward, attention, attention_backward = layers
         head = [(rows, text.hidden_size, text.vocab_size)]
         logits = median_seconds(products(head, device, dtype), device)
         gradient = median_seconds(products([(rows, text.vocab_size, text.hidden_size)], device, dtype), device)
         forward = base + low_rank + attention
-        total += text.num_hidden_layers * (forward + backward + attention_backward) + logits + gradient
-        total += text.num_hidden_layers * (base + attention) + logits if live_reference else 0.0
-        recomputed += text.num_hidden_layers * forward
+        total += forward + backward + attention_backward + logits + gradient
+        total += base + attention + logits if live_reference else 0.0
+        recomputed += forward
     if live_images:
         vision = config.vision_config
         layer = median_seconds(products(vision_shapes(vision, live_images), device, dtype), device)

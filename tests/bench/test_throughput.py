@@ -84,11 +84,12 @@ def test_products_of_a_layer_are_counted():
     import products
 
     text = SimpleNamespace(hidden_size=6, intermediate_size=10, num_key_value_heads=1, head_dim=3)
-    found = [sum(2 * m * k * n for m, k, n in shapes) for shapes in products.layer_shapes(text, 5, 2)]
-    linears = 2 * 6 * 6 + 2 * 6 * 3 + 3 * 6 * 10
-    ends = 2 * (6 + 6) + 2 * (6 + 3) + 3 * (6 + 10)
+    found = [sum(2 * m * k * n for m, k, n in shapes) for shapes in products.layer_shapes(text, 5, 4, 2)]
+    # Five rows meet the attention's linears, four the MLP's.
+    linears = 5 * (2 * 6 * 6 + 2 * 6 * 3) + 4 * 3 * 6 * 10
+    ends = 5 * (2 * (6 + 6) + 2 * (6 + 3)) + 4 * 3 * (6 + 10)
     # Forward and the gradient of the input take the weights once each; A and B also give their own gradients.
-    assert found == [2 * 5 * linears, 2 * 5 * 2 * ends, 2 * 5 * linears + 2 * 2 * 5 * 2 * ends]
+    assert found == [2 * linears, 2 * 2 * ends, 2 * linears + 2 * 2 * 2 * ends]
 
 
 def test_a_floor_adds_up_its_products(monkeypatch):
@@ -96,21 +97,25 @@ def test_a_floor_adds_up_its_products(monkeypatch):
 
     monkeypatch.setattr(products, "median_seconds", lambda step, device: step)
     monkeypatch.setattr(products, "products", lambda shapes, device, dtype: sum(m * k * n for m, k, n in shapes))
-    monkeypatch.setattr(products, "attention_seconds", lambda *_: (100, 250))
+    monkeypatch.setattr(products, "attention_seconds", lambda *given: (10, 25) if given[-1] else (100, 250))
     text = SimpleNamespace(hidden_size=2, intermediate_size=2, num_key_value_heads=1, head_dim=2)
     vars(text).update(num_hidden_layers=3, vocab_size=7)
     vision = SimpleNamespace(hidden_size=1, intermediate_size=1, image_size=2, patch_size=1, num_hidden_layers=2)
-    packing = SimpleNamespace(input_ids=range(5), targets=range(4))
+    packing = SimpleNamespace(input_ids=range(5), targets=range(4), tail_rows=range(3))
     config = SimpleNamespace(text_config=text, vision_config=vision)
     base, low_rank, head = 7 * 5 * 4, 7 * 2 * 5 * 2, 4 * 2 * 7
     layer = base + low_rank + 100 + base + 2 * low_rank + 250
+    # Of the last layer the MLP's three linears meet three rows, and the attention has fewer queries.
+    last_base, last_low_rank = (4 * 5 + 3 * 3) * 4, 2 * (4 * 5 + 3 * 3) * 2
+    last = last_base + last_low_rank + 10 + last_base + 2 * last_low_rank + 25
     for live_reference, images in ((False, 0), (True, 2)):
         how = {"rank": 1, "live_reference": live_reference, "live_images": images, "device": "cpu", "dtype": None}
-        expected = 3 * layer + 2 * head
-        expected += 3 * (base + 100) + head if live_reference else 0
+        expected = 2 * layer + last + 2 * head
+        expected += 2 * (base + 100) + last_base + 10 + head if live_reference else 0
         expected += 2 * 6 * images * 5  # two layers of six products over the patches and the class token
         found = products.floor_seconds(config, [packing], **how)
-        assert found == (expected, expected + 3 * (base + low_rank + 100))
+        recomputed = 2 * (base + low_rank + 100) + last_base + last_low_rank + 10
+        assert found == (expected, expected + recomputed)
 
 
 def test_the_projection_scales_products_by_rate_and_the_rest_by_bandwidth(monkeypatch):
