@@ -107,6 +107,17 @@ def test_kept_scores_have_the_same_bits_alone_and_after_others(tiny_llava):
     assert [again[n] for n in (2, 1, 3, 0)] == first
 
 
+def test_a_prompt_has_a_forward_of_its_own_where_the_budget_says_so(tiny_llava):
+    model, processor = tiny_llava
+    images, prompts = [noise(n) for n in range(3)], [asked(n).prompt for n in range(3)]
+    answers, forwards = [ANSWERS[:2], ANSWERS[2:3], ANSWERS[3:7]], []
+    model.get_decoder().register_forward_pre_hook(lambda *_: forwards.append(1))
+    for token_budget, expected in ((None, 1), (1, 3), (10_000, 1)):
+        forwards.clear()
+        score_batch(model, processor, images, prompts, answers, token_budget=token_budget)
+        assert len(forwards) == expected
+
+
 def test_the_image_is_seen_once_and_the_head_meets_the_answers_alone(tiny_llava, monkeypatch):
     model, processor = tiny_llava
     pixels, rows = [], []
