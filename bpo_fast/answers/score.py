@@ -5,7 +5,8 @@ scored as it is trained on: what the chat template makes of it, its end token in
 max_new_tokens as well).
 
 `score_answers` is what log-probs that are kept are made by: a prompt has a forward of its own, so that their bits
-depend on no other sample. `score_batch` packs several prompts, which differs from it by rounding.
+depend on no other sample. `score_batch` packs several prompts, which differs from it by rounding. `check_scoring` says
+beforehand of a model whether packed sequences give it the log-probs of its own forward.
 """
 
 from __future__ import annotations
@@ -19,11 +20,16 @@ from PIL import Image
 from torch import nn
 from transformers import ProcessorMixin
 
+from bpo_fast.answers.prompts import trial_images
 from bpo_fast.models.conversation import Messages
 from bpo_fast.models.load import base_model
+from bpo_fast.models.own_forward import check_alike, convolutions, failing_in_a_sentence, own_logps
 from bpo_fast.models.packed_forward import enable_packed_forward, image_features, sum_branches
 from bpo_fast.models.packing import Group, Packing, pack, plan_sequences
 from bpo_fast.models.prompt import answer_ids, encode, image_inputs, prompt_ids, render
+
+# Answers to the trial image, of other lengths than each other.
+_TRIAL = ("Grains of every colour.", "A field of noise, without any shape in it.")
 
 
 class Score(NamedTuple):
@@ -70,6 +76,7 @@ def score_answers(
     return score_batch(model, processor, [image], [prompt], [answers])[0]
 
 
+@torch.no_grad()
 def score_batch(
     model: nn.Module,
     processor: ProcessorMixin,
@@ -91,13 +98,14 @@ def score_batch(
     rendered = [render(processor, prompt, texts) for prompt, texts in zip(prompts, answers, strict=True)]
     prefixes, branches = zip(*rendered, strict=True)
     found: dict[int, list[Score]] = {}
-    for members, packing, sums in _scored(model, processor, images, prefixes, branches, token_budget):
-        scores = map(Score, sums.tolist(), packing.num_tokens.tolist())
+    for members, packing, token_logps in _forwards(model, processor, images, prefixes, branches, token_budget):
+        scores = map(Score, sum_branches(token_logps, packing).tolist(), packing.num_tokens.tolist())
         for number in members:
             found[number] = [next(scores) for _ in answers[number]]
     return [found[number] for number in range(len(prompts))]
 
 
+@torch.no_grad()
 def score_branches(
     model: nn.Module,
     processor: ProcessorMixin,
@@ -116,15 +124,33 @@ def score_branches(
     Returns:
         fp32 [G, K], in nats.
     """
-    ((_, _, sums),) = _scored(model, processor, images, prefixes, branches, None)
-    return sums.view(len(prefixes), -1)
+    ((_, packing, token_logps),) = _forwards(model, processor, images, prefixes, branches, None)
+    return sum_branches(token_logps, packing).view(len(prefixes), -1)
 
 
 @torch.no_grad()
-def _scored(
+def check_scoring(model: nn.Module, processor: ProcessorMixin) -> None:
+    """Refuse a model whose packed sequences give answers other log-probs than its own forward does, on a trial image.
+
+    Args:
+        model, processor: as for `score_answers`.
+
+    Raises:
+        ValueError: they do, or a forward fails.
+    """
+    base, image = base_model(model), trial_images()[0]
+    prefix, branches = render(processor, "What is this?", list(_TRIAL))
+    made = encode(processor, [prefix], [[image]])
+    with failing_in_a_sentence(base, "forward on packed sequences"):
+        ((_, packing, token_logps),) = _forwards(model, processor, [image], [prefix], [branches], None)
+    own = own_logps(base, made, packing.to("cpu"))
+    check_alike(base, token_logps, [own], convolutions(base.get_decoder()))
+
+
+def _forwards(
     model, processor, images, prefixes, branches, token_budget
 ) -> list[tuple[list[int], Packing, torch.Tensor]]:
-    """For each forward: the numbers of its prompts, its packing, and the log-probs fp32 [C] of their branches."""
+    """Of each forward the numbers of its prompts, its packing, and the log-probs fp32 [N] of their answers' tokens."""
     base = base_model(model)
     if not hasattr(base, "_unpacked_forward"):
         enable_packed_forward(base)
@@ -147,5 +173,5 @@ def _scored(
         packing = packing.to(base.device)
         shown = torch.cat([features[number] for number in members])
         output = model(packing=packing, image_features=shown, image_rows=rows)
-        found.append((members, packing, sum_branches(output.token_logps, packing)))
+        found.append((members, packing, output.token_logps))
     return found

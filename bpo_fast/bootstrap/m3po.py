@@ -20,7 +20,7 @@ from typing import Any, ClassVar, NamedTuple
 from PIL import Image
 
 from bpo_fast.answers.generate import GenerationSettings, check_processor, generate
-from bpo_fast.answers.score import score_answers
+from bpo_fast.answers.score import check_scoring, score_answers
 from bpo_fast.bootstrap.filters import normalised, similarity
 from bpo_fast.bootstrap.maker import Made, check_seed, draw
 from bpo_fast.data.annotations import Annotation
@@ -145,7 +145,7 @@ class M3PO:
         image = Image.new("RGB", (64, 64))
         load_clip(str(self.alignment_model), model.device).alignments(image, ["A black square."])
         check_processor(model, processor, image)
-        score_answers(model, processor, image, "?", ["A black square.", "A white circle."])
+        check_scoring(model, processor)
 
     def make(
         self, model: Any, processor: Any, samples: Sequence[Annotation], images: Sequence[Image.Image]

@@ -1,8 +1,7 @@
 """The start check: log-probs of packed sequences against transformers' own forward of each conversation by itself.
 
-The packed forward reads one-dimensional positions, causal masks and one list of image features. A model that needs
-more would be trained wrongly without a word; here its first examples show it before the first step. Nothing is taken
-on trust: the check runs at the start of every training, whatever the model is called.
+What packed sequences cannot give a model (see `models.own_forward`) shows in its first examples, before the first
+step. Nothing is taken on trust: the check runs at the start of every training, whatever the model is called.
 """
 
 import random
@@ -16,12 +15,9 @@ from PIL import Image
 from torch import nn
 from transformers import BatchFeature, PreTrainedModel
 
-from bpo_fast.models.families import ANSWER_TYPES
 from bpo_fast.models.load import base_model
-from bpo_fast.models.packed_forward import PackingNotSeenError, enable_packed_forward, image_features, unpacked_forward
-from bpo_fast.models.packing import Packing
-from bpo_fast.models.prompt import image_inputs
-from bpo_fast.models.rounding import eps_of, tolerance
+from bpo_fast.models.own_forward import OwnLogps, check_alike, convolutions, failing_in_a_sentence, own_logps
+from bpo_fast.models.packed_forward import PackingNotSeenError, enable_packed_forward, image_features
 from bpo_fast.train.collator import PreferenceCollator
 
 # Examples that are compared: several groups of one packed sequence, in a fraction of a second.
@@ -70,73 +66,29 @@ def check_packed_forward(model: nn.Module, collator: PreferenceCollator, example
 
 def _check(base: PreTrainedModel, collator: PreferenceCollator, examples: list[dict]) -> float:
     packed, reason = _packed_logps(base, collator, examples)
-    plain, spread, dtype = _plain_logps(base, collator, examples)
-    difference = (packed - plain).abs()
-    mean, most = difference.mean().item(), tolerance(eps_of(dtype, base.device), spread)
-    if mean <= most and reason is None:
-        return mean
-    raise ValueError(
-        f"model: found {_names(base)}, {f'{reason}, and ' if reason else ''}whose log-probs on packed sequences "
-        f"differ from its own forward's by {mean:.2g} nats a token on average ({difference.max().item():.2g} at "
-        f"most), expected at most {most:.1g} in {str(dtype).removeprefix('torch.')}; use a family that docs/models.md "
-        "lists."
-    )
+    return check_alike(base, packed, _own_logps(base, collator, examples), reason)
 
 
 def _packed_logps(base, collator, examples) -> tuple[torch.Tensor, str | None]:
     """fp32 [N] of the packed forward, and what is known to be wrong with it."""
     (sequence,) = collator(examples)["sequences"]
     sequence = sequence.to(base.device)
-    with _failing_in_a_sentence(base, "forward on packed sequences"):
+    with failing_in_a_sentence(base, "forward on packed sequences"):
         try:
             features = image_features(base, sequence.image_inputs) if sequence.image_inputs else None
             output = base(packing=sequence.packing, image_features=features, image_rows=sequence.image_rows)
-            return output.token_logps, _convolutions(base.get_decoder())
+            return output.token_logps, convolutions(base.get_decoder())
         except PackingNotSeenError as error:
             return error.token_logps, error.reason
 
 
-def _convolutions(decoder: nn.Module) -> str | None:
-    """Convolutions over tokens run from one response into the next, as the states do that mostly stand behind them."""
-    found = any(isinstance(part, nn.Conv1d) and part.kernel_size != (1,) for part in decoder.modules())
-    return "whose layers have convolutions over tokens" if found else None
-
-
-def _plain_logps(base, collator, examples) -> tuple[torch.Tensor, float, torch.dtype]:
-    """fp32 [N] of the model's own forward in the same order, their spread, and the coarsest type that took part."""
+def _own_logps(base, collator, examples) -> list[OwnLogps]:
     recorder = _Recorder(collator.processor)
-    collator = replace(collator, processor=recorder)
-    found, spreads = [], []
+    collator, found = replace(collator, processor=recorder), []
     for example in examples:
         (sequence,) = collator([example])["sequences"]
-        with _failing_in_a_sentence(base, "own forward"), unpacked_forward(base) as forward:
-            for inputs, answer in _conversations(base, recorder.made, sequence.packing):
-                logits = forward(**inputs, use_cache=False).logits[0, -len(answer) - 1 : -1]
-                logps = logits.float().log_softmax(-1)
-                found.append(logps.gather(1, answer[:, None].to(logps.device))[:, 0])
-                # Entries that a model masks out of its vocabulary are no measure of rounding.
-                spreads.append(logps.clamp(min=-50).std(-1))
-    dtypes = (logits.dtype, base.get_input_embeddings().weight.dtype)
-    return torch.cat(found), torch.cat(spreads).mean().item(), max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
-
-
-def _conversations(base: PreTrainedModel, made: BatchFeature, packing: Packing):
-    """Inputs of the model's own forward for a prompt with each of its answers, and the answer's ids.
-
-    Args:
-        base: whose inputs they are.
-        made: what the processor made of the prompt alone.
-        packing: of that prompt and its answers.
-    """
-    images = image_inputs(made)
-    real = made["attention_mask"][0].bool()
-    prompt = {name: made[name][:, real] for name in made if name not in images and name != "labels"}
-    answers = packing.input_ids[packing.prefix_lengths[0] :].split(packing.branch_lengths[0])
-    for answer in answers:
-        kind = torch.full_like(answer, ANSWER_TYPES.get(base.config.model_type, 0))
-        goes_on = {"input_ids": answer, "attention_mask": torch.ones_like(answer)}
-        text = {name: torch.cat([x[0], goes_on.get(name, kind).to(x)])[None] for name, x in prompt.items()}
-        yield BatchFeature({**text, **images}).to(base.device, dtype=base.dtype), answer
+        found.append(own_logps(base, recorder.made, sequence.packing))
+    return found
 
 
 @dataclass
@@ -171,24 +123,6 @@ def _in_float32(model: nn.Module) -> Iterator[None]:
     finally:
         for x, data in held:
             x.data = data
-
-
-def _names(base: PreTrainedModel) -> str:
-    return f"{type(base).__name__} over {type(base.get_decoder()).__name__}"
-
-
-@contextmanager
-def _failing_in_a_sentence(base: PreTrainedModel, what: str) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        said = str(error).strip().splitlines() or [""]
-        raise ValueError(
-            f"model: found {_names(base)}, whose {what} fails ({type(error).__name__}: {said[0].rstrip('.')}), "
-            "expected one that computes alike on packed sequences and alone; use a family that docs/models.md lists."
-        ) from error
 
 
 @contextmanager

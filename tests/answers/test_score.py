@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tiny_families import EXACT, REFUSED
 from tiny_models import WORDS, make_llava, make_processor
 
-from bpo_fast.answers.score import score_answers, score_batch
+from bpo_fast.answers.score import check_scoring, score_answers, score_batch
 from bpo_fast.data import Annotation
 from bpo_fast.demo import tiny_llava, world
 from bpo_fast.models import packed_forward
@@ -146,3 +147,19 @@ def test_what_cannot_be_scored_is_a_sentence(tiny_llava):
         score_answers(model, processor, noise(0), "w1", ["w1"])
     with pytest.raises(ValueError, match=r"image_features: found \d+ rows for 16 image tokens"):
         score_batch(model, processor, [noise(0)] * 2, ["w1"] * 2, [["w1"]] * 2, token_budget=1)
+
+
+@pytest.mark.parametrize("family", EXACT)
+def test_families_whose_packed_sequences_are_exact_are_scored(family):
+    model, processor = EXACT[family]()
+    check_scoring(model, processor)
+    assert len(score_answers(model, processor, noise(0), "w1", ["w2", "w3 w4"])) == 2
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_other_families_are_refused_by_name(family):
+    make, model_class, decoder_class = REFUSED[family]
+    with pytest.raises(
+        ValueError, match=rf"^model: found ({model_class} over )?{decoder_class}, .* docs/models.md lists"
+    ):
+        check_scoring(*make())

@@ -40,7 +40,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a family that needs more than packed sequences have trained wrongly",
-        "bpo_fast/train/start_check.py",
+        "bpo_fast/models/own_forward.py",
         "    if mean <= most and reason is None:\n",
         "    if reason is None:\n",
         "tests/train/test_families.py::test_other_families_are_refused_by_name_and_size",
@@ -62,13 +62,13 @@ MUTATIONS = [
     Mutation(
         "a state beside attention let through by small weights",
         "bpo_fast/train/start_check.py",
-        "            return output.token_logps, _convolutions(base.get_decoder())\n",
+        "            return output.token_logps, convolutions(base.get_decoder())\n",
         "            return output.token_logps, None\n",
         "tests/train/test_families.py::test_convolutions_are_refused_however_small_their_weights",
     ),
     Mutation(
         "a log-prob that is no number let through",
-        "bpo_fast/train/start_check.py",
+        "bpo_fast/models/own_forward.py",
         "    if mean <= most and reason is None:\n",
         "    if not mean > most and reason is None:\n",
         "tests/train/test_start_check.py::test_a_refusal_leaves_all_as_it_was",
