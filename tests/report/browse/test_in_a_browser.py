@@ -59,6 +59,8 @@ def make_rows(folder):
     say(4, " ".join(rng.choices(WORDS, k=10_000)), f"{LONG_WORD} {sentence(9, 9)}", id="long")
     rows[5] |= {"images": ["damaged.jpg"]}
     rows[6] |= {"images": ["gone.jpg", "1.jpg"]}
+    rows[8] |= {"id": "twins"}
+    rows[19] |= {"id": "twins"}
     say(7, "Only here: Zeppelin (v2.0) over Zürich.", "A cat.")
     for row in rows:
         row["images"] = [str(folder / image) for image in row["images"]]
@@ -175,8 +177,10 @@ def test_pairs_come_in_the_order_asked_for_and_those_without_a_value_last(page):
     page.open("#sort=gap&descending=true&page=250")
     assert page.ids() == ids([row for row in rows if gap(row) is None][-PAGE:])
     page.open("#sort=length")
-    words = {row["id"]: [len(response(row, side).split()) for side in ("chosen", "rejected")] for row in rows}
-    assert page.ids() == ids(sorted(rows, key=lambda row: words[row["id"]][1] - words[row["id"]][0])[:PAGE])
+    longer = sorted(
+        rows, key=lambda row: len(response(row, "rejected").split()) - len(response(row, "chosen").split())
+    )
+    assert page.ids() == ids(longer[:PAGE])
     page.open("#sort=id")
     natural = sorted(rows, key=lambda row: int(row["id"][1:]) if re.fullmatch(r"s\d+", row["id"]) else -1)
     numbered = [row for row in natural if re.fullmatch(r"s\d+", row["id"])]
@@ -280,6 +284,12 @@ def test_an_address_leads_to_a_pair_and_back(page):
     page.open(link)
     assert page.ids() == [WICKED]
     assert page.text("#count") == "1 of 5,000 pairs"
+    assert page.run("return scrollY") > 100
+    page.open()
+    page.run("document.querySelectorAll('.pair')[8].querySelector('header a:last-child').click()")
+    page.pause()
+    assert page.ids() == ["twins", "twins"]
+    assert page.texts(".pair:last-child header a") == ["#twins", "all 2 of this id"]
     page.open("#page=3&sort=constructor&kind=image_weakened")
     weakened = [row for row in page.rows if row["rejected_type"] == "image_weakened"]
     assert page.ids() == ids(weakened[2 * PAGE : 3 * PAGE])

@@ -234,4 +234,5 @@ function start() {
   addEventListener("keydown", onKey);
   addEventListener("hashchange", follow);
   follow();
+  if (location.hash) $("controls").scrollIntoView(); // a link is to pairs, not to their summary
 }

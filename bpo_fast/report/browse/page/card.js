@@ -38,6 +38,8 @@ function nameOf(column, pair) {
 function headOf(pair, id, kind, together) {
   const marks = pairs.names.mark.filter((_, index) => (pairs.marks[pair] >> index) & 1);
   const names = ["variant", "source"].map((column) => nameOf(column, pair)).filter(Boolean);
+  const siblings = pairs.countOfId.get(id); // this pair among them
+  const all = make("a", { href: hashOf({ pair: id, together }) }, `all ${plain.format(siblings)} of this id`);
   const link = hashOf({ pair: id, kind, variant: nameOf("variant", pair), together });
   return make(
     "header",
@@ -46,7 +48,7 @@ function headOf(pair, id, kind, together) {
     ...names.map((name) => make("bdi", {}, name)),
     ...marks.map((mark) => make("span", { class: "mark" }, mark)),
     make("a", { class: "id", href: link, title: "Link to this pair" }, "#", make("bdi", {}, id)),
-    make("a", { href: hashOf({ pair: id, together }), title: "All pairs of this id" }, "all of this id"),
+    siblings > 1 ? all : null,
   );
 }
 
@@ -95,14 +97,15 @@ function marked(tag, text) {
   return inside ? [before, make(tag, {}, inside), after] : [text];
 }
 
-const TITLES = { chosen: "Chosen", rejected: "Rejected", both: "Rejected, mended to chosen" };
+const TITLES = { chosen: "Chosen", rejected: "Rejected", both: "From rejected to chosen" };
 
 function answerOf(side, pair, texts, content) {
-  const words = { chosen: pairs.chosenWords[pair], rejected: pairs.rejectedWords[pair] };
-  words.both = Math.max(words.chosen, words.rejected);
+  const [chosen, rejected] = [pairs.chosenWords[pair], pairs.rejectedWords[pair]];
+  const words = { chosen, rejected, both: Math.max(chosen, rejected) };
   const logp = texts.logps[side === "chosen" ? 0 : 1];
   const facts = [`${plain.format(words[side])} ${words[side] === 1 ? "word" : "words"}`];
-  if (side !== "both" && logp !== null) facts.push(`log-prob ${plain.format(logp)}`);
+  if (side === "both") facts[0] = `${plain.format(rejected)} to ${plain.format(chosen)} words`;
+  else if (logp !== null) facts.push(`log-prob ${plain.format(logp)}`);
   const text = make("div", { class: "text", dir: "auto" }, ...content);
   const title = make("h3", {}, TITLES[side], " ", make("small", {}, facts.join(", ")));
   const answer = make("div", { class: `answer ${side}` }, title, text);

@@ -14,6 +14,8 @@ function bpoIndex(json) {
   pairs.count = pairs.id.length;
   for (const column of ["rank", "kind", "variant", "source", "marks"]) pairs[column] = Uint32Array.from(pairs[column]);
   pairs.gap = Float64Array.from(pairs.gap, (gap) => gap ?? NaN);
+  pairs.countOfId = new Map();
+  for (const id of pairs.id) pairs.countOfId.set(id, (pairs.countOfId.get(id) ?? 0) + 1);
   pairs.longer = Int32Array.from(pairs.rejectedWords, (words, pair) => words - pairs.chosenWords[pair]);
   dataFolder = document.currentScript.src.replace(/index\.js$/, "");
   start();
