@@ -120,7 +120,8 @@ def read_template(path: str | Path | None = None) -> RewriteTemplate:
             values["examples"] = "\n\n".join(_fill(example, each) for each in examples)
         errors[error] = values
         texts[error] = frozenset(_plain(each[part]) for each in examples for part in ("response", "modified"))
-    version = f"{_text(name, 'version', content['version'])}-{fingerprint([content]).removeprefix('sha256:')[:8]}"
+    digest = fingerprint([content]).removeprefix("sha256:")[:8]
+    version = f"{_text(name, 'version', content['version'])}-{digest}"
     return RewriteTemplate(version, prompt, errors, _labels(example or ""), texts)
 
 
