@@ -138,8 +138,10 @@ class M3PO:
         return self.include_annotation
 
     def settings(self) -> dict[str, Any]:
+        options = asdict(self)
+        decoding = options.pop("decoding")
         weights = weights_fingerprint(self.alignment_model, what="alignment_model")
-        return asdict(self) | {"alignment_model": {"path": str(self.alignment_model), "weights": weights}}
+        return options | decoding | {"alignment_model": {"path": str(self.alignment_model), "weights": weights}}
 
     def check(self, model: Any, processor: Any) -> None:
         image = Image.new("RGB", (64, 64))

@@ -254,7 +254,7 @@ def test_settings_say_what_decides(clip_folder, tmp_path):
         "margin": 0.01,
         "include_annotation": False,
     }
-    assert found["decoding"]["max_new_tokens"] == 6
+    assert (found["max_new_tokens"], found["do_sample"], found["seed"]) == (6, True, 0)
     save_clip(tmp_path, seed=1)  # other weights in another folder
     other = M3PO(str(tmp_path)).settings()
     assert other["alignment_model"]["weights"] != found["alignment_model"]["weights"]
