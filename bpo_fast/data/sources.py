@@ -74,7 +74,7 @@ class Source:
         if not isinstance(self.annotations, str | os.PathLike | list) or not self.annotations:
             raise ValueError(f"annotations: found {shown(self.annotations)}, expected a path or a data set's name.")
         check_numbers(self, {"samples": COUNT})
-        if self.turns not in TURNS:
+        if self.turns not in list(TURNS):
             raise ValueError(f"turns: found {self.turns!r}, expected one of {', '.join(TURNS)}.")
         if not isinstance(self.columns, Mapping):
             raise ValueError(f"columns: found {shown(self.columns)}, expected a map from image, question, answer, ...")
