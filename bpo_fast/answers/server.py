@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 from bpo_fast.answers.generate import GenerationSettings, Response
@@ -21,6 +22,13 @@ from bpo_fast.runs.text import printable, shown
 # Of the first request, which finds out a wrong address.
 _START_RETRIES, _START_TIMEOUT = 2, 30.0
 _SEED_BITS = 31  # what every server takes
+
+# Of the command line's options.
+NUMBERS = {
+    "server_concurrency": COUNT,
+    "server_timeout": POSITIVE,
+    "server_retries": Range("a whole number of at least 0", lambda x: x >= 0, whole=True),
+}
 
 
 @dataclass(frozen=True)
@@ -48,17 +56,20 @@ class Server:
     max_retries: int = 20
 
     def __post_init__(self):
-        retries = Range("a whole number of at least 0", lambda x: x >= 0, whole=True)
-        check_numbers(self, {"max_concurrency": COUNT, "timeout": POSITIVE, "max_retries": retries})
+        # Errors name the options of the command line.
+        numbers = SimpleNamespace(
+            server_concurrency=self.max_concurrency, server_timeout=self.timeout, server_retries=self.max_retries
+        )
+        check_numbers(numbers, NUMBERS)
         address = urlsplit(self.base_url)
         if "@" in address.netloc or address.query:
             raise ValueError(
-                "base_url: found a password or a query in it, expected an address alone; name the environment "
-                "variable of the key as api_key_env."
+                "server_url: found a password or a query in it, expected an address alone; name the environment "
+                "variable of the key as server_key_env."
             )
         if address.scheme not in ("http", "https") or not address.netloc:
             raise ValueError(
-                f"base_url: found {shown(self.base_url)}, expected an address such as http://localhost:8000/v1."
+                f"server_url: found {shown(self.base_url)}, expected an address such as http://localhost:8000/v1."
             )
         if not self.model:
             raise ValueError("server_model: found none, expected the name of a model that the server has.")
@@ -160,8 +171,8 @@ class Server:
             found = "characters that no key has" if key else "nothing"
             # Not the name: it may be a key by mistake.
             raise ValueError(
-                f"api_key_env: found {found} in the environment variable that it names, expected the server's key; "
-                "export it there, or leave api_key_env out."
+                f"server_key_env: found {found} in the environment variable that it names, expected the server's key; "
+                "export it there, or leave server_key_env out."
             )
         return key
 
@@ -175,19 +186,20 @@ class Server:
         if status in (401, 403):
             whose = "a request without a key" if self.api_key_env is None else f"the key in {self.api_key_env}"
             return ValueError(
-                f"api_key_env: found that {self.base_url} refuses {whose} ({status}: {said}), expected the name of an "
-                "environment variable whose key it takes."
+                f"server_key_env: found that {self.base_url} refuses {whose} ({status}: {said}), expected the name of "
+                "an environment variable whose key it takes."
             )
         if status is not None and status < 500 and status not in (408, 409, 429):
             return ValueError(
-                f"server: found that {self.base_url} refuses a request ({status}: {said}), expected an answer; see "
-                "that base_url ends as the server's documentation says, mostly in /v1, and that it has the model "
+                f"server_url: found that {self.base_url} refuses a request ({status}: {said}), expected an answer; "
+                "see that it ends as the server's documentation says, mostly in /v1, and that it has the model "
                 f"{shown(self.model)}."
             )
         reason = said if status is None else f"{status}: {said}"
         return ConnectionError(
-            f"server: found no answer of {self.base_url} after up to {self.max_retries} more tries ({reason}), "
-            "expected one; see to the server, or raise max_retries or timeout, and give the same command again."
+            f"server_url: found no answer of {self.base_url} after up to {self.max_retries} more tries ({reason}), "
+            "expected one; see to the server, or raise server_retries or server_timeout, and give the same command "
+            "again."
         )
 
 

@@ -95,8 +95,8 @@ class ErrorInjected:
         needed = max(len(answer_ids(processor, text)) for text in texts)
         if room is not None and needed >= room:
             raise ValueError(
-                f"template: found a prompt of {needed} tokens, expected fewer than the model's {room} positions; give "
-                "a template with fewer examples."
+                f"error_template: found a prompt of {needed} tokens, expected fewer than the model's {room} "
+                "positions; give a template with fewer examples."
             )
 
     def make(

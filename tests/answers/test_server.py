@@ -107,12 +107,12 @@ def test_it_is_asked_from_within_a_running_loop_as_of_a_notebook():
     [
         (
             answer({"error": f"wrong key {KEY}"}, 401),
-            r"api_key_env: found that http.* refuses the key in THE_KEY \(401",
+            r"server_key_env: found that http.* refuses the key in THE_KEY \(401",
         ),
-        (answer({}, 403), r"api_key_env: found that http://.* refuses the key in THE_KEY \(403"),
-        (answer({"error": KEY}, 404), r"server: found that http://.*/v1 refuses a request \(404: .*mostly in /v1"),
-        (answer({"error": "no seed"}, 400), r"server: found that .* refuses a request \(400: .*no seed"),
-        (answer({"error": "x"}, 422), r"server: found that .* refuses a request \(422: "),
+        (answer({}, 403), r"server_key_env: found that http://.* refuses the key in THE_KEY \(403"),
+        (answer({"error": KEY}, 404), r"server_url: found that http://.*/v1 refuses a request \(404: .*mostly in /v1"),
+        (answer({"error": "no seed"}, 400), r"server_url: found that .* refuses a request \(400: .*no seed"),
+        (answer({"error": "x"}, 422), r"server_url: found that .* refuses a request \(422: "),
     ],
 )
 def test_a_refusal_is_one_sentence_at_once_without_the_key(key, fault, message):
@@ -133,7 +133,7 @@ def test_a_server_that_stays_away_is_one_sentence(key):
             ConnectionError, match=r"no answer of http.* after up to 1 more tries \(503: '\*\*\*'\), exp"
         ):
             asked.answer(["a", "b"], GREEDY, [0, 1])
-    with pytest.raises(ConnectionError, match=r"server: found no answer of .*Connection error"):
+    with pytest.raises(ConnectionError, match=r"server_url: found no answer of .*Connection error"):
         server(proxy, max_retries=0).check()
     with Proxy(fault=lambda *_: answer({}), delay=0.5) as proxy:
         asked = server(proxy, max_retries=0, timeout=0.2)
@@ -154,16 +154,19 @@ def test_a_model_that_the_server_lacks_is_told_with_those_that_it_has():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"base_url": "localhost:8000"}, "base_url: found 'localhost:8000', expected an address such as http://local"),
+        (
+            {"base_url": "localhost:8000"},
+            "server_url: found 'localhost:8000', expected an address such as http://local",
+        ),
         (
             {"base_url": f"https://a:{KEY}@b/v1"},
-            "base_url: found a password or a query in it, expected an address alon",
+            "server_url: found a password or a query in it, expected an address alon",
         ),
-        ({"base_url": f"https://b/v1?key={KEY}"}, "base_url: found a password or a query in it"),
+        ({"base_url": f"https://b/v1?key={KEY}"}, "server_url: found a password or a query in it"),
         ({"model": ""}, "server_model: found none, expected the name of a model that the server has"),
-        ({"max_concurrency": 0}, "max_concurrency: found 0, expected a whole number of at least 1"),
-        ({"timeout": 0}, "timeout: found 0, expected a positive number"),
-        ({"max_retries": -1}, "max_retries: found -1, expected a whole number of at least 0"),
+        ({"max_concurrency": 0}, "server_concurrency: found 0, expected a whole number of at least 1"),
+        ({"timeout": 0}, "server_timeout: found 0, expected a positive number"),
+        ({"max_retries": -1}, "server_retries: found -1, expected a whole number of at least 0"),
     ],
 )
 def test_mistakes_are_one_sentence(options, message):
@@ -175,7 +178,7 @@ def test_mistakes_are_one_sentence(options, message):
 @pytest.mark.parametrize(("value", "found"), [("", "nothing"), (f"{KEY}\n", "characters that no key has")])
 def test_a_key_that_is_none_is_told_without_it(monkeypatch, value, found):
     monkeypatch.setenv("THE_KEY", value)
-    with pytest.raises(ValueError, match=f"api_key_env: found {found} in the environment variable that") as raised:
+    with pytest.raises(ValueError, match=f"server_key_env: found {found} in the environment variable that") as raised:
         Server("http://localhost:1/v1", "m", api_key_env="THE_KEY").check()
     assert KEY not in str(raised.value)
     assert raised.value.__cause__ is None
@@ -184,7 +187,7 @@ def test_a_key_that_is_none_is_told_without_it(monkeypatch, value, found):
 def test_a_key_in_place_of_its_variable_is_not_told():
     asked = Server("http://localhost:1/v1", "m", api_key_env=KEY)
     with pytest.raises(
-        ValueError, match=r"api_key_env: found nothing in .*names, expected the server's key"
+        ValueError, match=r"server_key_env: found nothing in .*names, expected the server's key"
     ) as raised:
         asked.check()
     assert KEY not in str(raised.value) + repr(asked)

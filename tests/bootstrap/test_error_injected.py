@@ -103,7 +103,9 @@ def test_settings_say_what_decides_the_responses(template):
 
 def test_a_model_without_room_for_the_prompt_is_refused(processor, template):
     ErrorInjected(template=template).check(make_llava(max_position_embeddings=40), processor)
-    with pytest.raises(ValueError, match=r"template: found a prompt of \d\d+ tokens, expected fewer than .* 40 pos"):
+    with pytest.raises(
+        ValueError, match=r"error_template: found a prompt of \d\d+ tokens, expected fewer than .* 40 pos"
+    ):
         ErrorInjected().check(make_llava(max_position_embeddings=40), processor)
 
 

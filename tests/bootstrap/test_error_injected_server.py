@@ -110,7 +110,9 @@ def test_a_run_through_all_faults_ends_as_one_without_and_holds_no_key(
     out = tmp_path / "out"
     with Proxy(served, fault) as proxy:
         asking = [maker(proxy.url, api_key_env="THE_KEY", timeout=3)]
-        with pytest.raises(ValueError, match=r"api_key_env: found that http.* refuses the key in THE_KEY") as raised:
+        with pytest.raises(
+            ValueError, match=r"server_key_env: found that http.* refuses the key in THE_KEY"
+        ) as raised:
             bootstrap(None, None, *annotated, out, kinds=asking, **options)
         kept = [line for path in sorted(out.glob("parts/*.jsonl")) for line in path.read_text().splitlines()]
         assert len(kept) == 10
