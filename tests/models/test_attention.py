@@ -96,8 +96,13 @@ def test_equals_sequences_apart_with_gradients(case, deterministic, kv_heads, le
         torch.testing.assert_close(out[0], expected, rtol=1e-10, atol=1e-10)
         weights = torch.randn_like(expected)
         ours = torch.autograd.grad((out[0] * weights).sum(), (q, k, v))
-    theirs = torch.autograd.grad((expected * weights).sum(), (q, k, v))
-    for mine, reference in zip(ours, theirs, strict=True):
+        tail = packed_attention(q, k, v, packing, deterministic=deterministic, only_tail=True)
+        read = torch.zeros(len(weights), 1, 1).index_fill(0, packing.tail_rows, 1.0)
+        torch.testing.assert_close(tail[0], read * expected, rtol=1e-10, atol=1e-10)
+        ours_of_tail = torch.autograd.grad((tail[0] * weights).sum(), (q, k, v))
+    theirs = torch.autograd.grad((expected * weights).sum(), (q, k, v), retain_graph=True)
+    theirs_of_tail = torch.autograd.grad((expected * weights * read).sum(), (q, k, v))
+    for mine, reference in zip((*ours, *ours_of_tail), (*theirs, *theirs_of_tail), strict=True):
         torch.testing.assert_close(mine, reference, rtol=1e-10, atol=1e-10)
 
 
