@@ -14,14 +14,28 @@ import tempfile
 import time
 from pathlib import Path
 
-from mutation_lists import answers, choice, cli, data, kernels, models, plan, precision, report, runs, servers, train
+from mutation_lists import (
+    answers,
+    choice,
+    cli,
+    data,
+    kernels,
+    losses,
+    models,
+    plan,
+    precision,
+    report,
+    runs,
+    servers,
+    train,
+)
 from mutation_lists.mutation import INTERPRETED
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("bpo_fast", "kernels", "csrc", "recipes", "tests", "examples", "pyproject.toml")
 MUTATIONS = [
     mutation
-    for part in (kernels, precision, models, data, cli, train, runs, plan, servers, report, answers, choice)
+    for part in (kernels, precision, models, losses, data, cli, train, runs, plan, servers, report, answers, choice)
     for mutation in part.MUTATIONS
 ]
 

@@ -177,6 +177,7 @@ def _finished_steps(folder, settings, has_checkpoint):
 _ON_CARD = (
     *("loss_type", "loss_weights", "beta", "label_smoothing", "ld_alpha", "lora_r", "lora_alpha", "lora_use_rslora"),
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps", "seed", "max_length"),
+    *("noise_step", "noise_target", "noise_schedule"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "num_processes", "bf16", "quantization"),
 )
 

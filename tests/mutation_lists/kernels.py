@@ -111,7 +111,7 @@ MUTATIONS = [
     Mutation(
         "a sequence without a label",
         "bpo_fast/losses/dpo.py",
-        "    _check_labelled(labels)\n",
+        "    _check_labelled(labels, config)\n",
         "",
         "tests/losses/test_mistakes.py::test_errors_name_the_argument",
     ),

@@ -167,8 +167,8 @@ MUTATIONS = [
     Mutation(
         "log-probs that were kept of longer responses",
         "bpo_fast/train/kept.py",
-        "digest(shown.key, prompt, list(answers), max_length)",
-        "digest(shown.key, prompt, list(answers))",
+        "digest(shown.key, prompt, list(answers), max_length, *noise)",
+        "digest(shown.key, prompt, list(answers), *noise)",
         "tests/train/test_caches.py::test_what_was_kept_for_another_setting_is_never_used[most tokens]",
     ),
     Mutation(

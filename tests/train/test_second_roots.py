@@ -111,10 +111,12 @@ def plain_loss(trainer, examples, ids):
             return ((policy - reference) * (1.0 if weights is None else torch.tensor(weights))).sum()
 
         chosen, rejected = ratio(0), ratio(1)
-        terms = [chosen - rejected]
+        loss = -F.logsigmoid(args.beta * (chosen - rejected))
         if trainer.weakening is not None:
-            terms += [chosen - ratio(0, args.noise_step), chosen]
-        losses.append(-sum(F.logsigmoid(args.beta * term) for term in terms))
+            weakened = ratio(0, args.noise_step)
+            loss = loss - args.mdpo_conditional_weight * F.logsigmoid(args.beta * (chosen - weakened))
+            loss = loss - args.mdpo_anchor_weight * F.logsigmoid(args.beta * chosen - args.mdpo_anchor)
+        losses.append(loss)
     return sum(losses) / len(losses)
 
 
@@ -127,7 +129,7 @@ def gradients_of(trainer, loss):
 @pytest.mark.parametrize(
     ("family", "options", "weights"),
     [
-        ("LLaVA over Llama", {"noise_target": "features"}, False),
+        ("LLaVA over Llama", {"mdpo_conditional_weight": 0.5, "mdpo_anchor_weight": 2.0, "mdpo_anchor": 0.3}, False),
         ("LLaVA over Llama", {"noise_target": "pixels", "noise_schedule": "cosine"}, True),
         ("LLaVA over Llama", {"noise_target": "projected", "noise_step": 900}, False),
         ("LLaVA over Llama", {"loss_type": "sigmoid"}, True),

@@ -245,6 +245,7 @@ class Counting(BPOTrainer):
 options = dict(max_steps=5, per_device_train_batch_size=2, token_budget={token_budget}, checkpointing={mode!r})
 if {token_budget}:
     options |= dict(cache_image_features=True, precompute_ref_log_probs=True, cache_dir={folder!r} + "-cache")
+    options |= dict(loss_type="mdpo", noise_target="projected")
 trainer = run({folder!r}, trainer_class=Counting, **options)
 counts = [None, None]
 torch.distributed.all_gather_object(counts, Counting.counts)
@@ -257,14 +258,15 @@ if trainer.is_world_process_zero():
 """
 
 
-@pytest.mark.parametrize("token_budget", [None, 52])
+@pytest.mark.parametrize("token_budget", [None, 80])
 def test_two_processes_train_as_one(tmp_path, token_budget):
     """A budget gives the ranks different numbers of packed sequences, and gradients are exchanged once a step.
 
-    With it they keep image features and the reference's log-probs, too, which they make together. Their layers run
-    again in other ways than those of the process alone.
+    With it they keep image features and the reference's log-probs, too, which they make together, and their pairs
+    have second roots. Their layers run again in other ways than those of the process alone.
     """
-    alone = run(tmp_path / "alone", max_steps=5, per_device_train_batch_size=4)
+    options = {} if token_budget is None else {"loss_type": "mdpo", "noise_target": "projected"}
+    alone = run(tmp_path / "alone", max_steps=5, per_device_train_batch_size=4, **options)
     script = tmp_path / "rank.py"
     places = {"tests": TESTS, "folder": str(tmp_path / "two"), "answer": str(tmp_path / "answer")}
     places |= {"token_budget": token_budget, "mode": "offload" if token_budget is None else "selective"}

@@ -153,7 +153,16 @@ def test_no_step_waits_between_logs(tmp_path, options):
 
 @pytest.mark.gpu("reports of synchronisations")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device that reports synchronisations")
-@pytest.mark.parametrize("options", [{}, {"checkpointing": "selective"}, {"checkpointing": "offload"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"checkpointing": "selective"},
+        {"checkpointing": "offload"},
+        {"loss_type": ["mdpo"], "token_budget": 70},
+        {"loss_type": ["mdpo"], "token_budget": 70, "noise_target": "projected"},
+    ],
+)
 def test_no_step_synchronises_a_gpu(tmp_path, options):
     class Synchronisations:
         def __enter__(self):
