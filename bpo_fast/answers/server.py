@@ -22,13 +22,7 @@ from bpo_fast.runs.text import printable, shown
 # Of the first request, which finds out a wrong address.
 _START_RETRIES, _START_TIMEOUT = 2, 30.0
 _SEED_BITS = 31  # what every server takes
-
-# Of the command line's options.
-NUMBERS = {
-    "server_concurrency": COUNT,
-    "server_timeout": POSITIVE,
-    "server_retries": Range("a whole number of at least 0", lambda x: x >= 0, whole=True),
-}
+_RETRIES = Range("a whole number of at least 0", lambda x: x >= 0, whole=True)
 
 
 @dataclass(frozen=True)
@@ -56,11 +50,9 @@ class Server:
     max_retries: int = 20
 
     def __post_init__(self):
-        # Errors name the options of the command line.
-        numbers = SimpleNamespace(
-            server_concurrency=self.max_concurrency, server_timeout=self.timeout, server_retries=self.max_retries
-        )
-        check_numbers(numbers, NUMBERS)
+        ranges = {"server_concurrency": COUNT, "server_timeout": POSITIVE, "server_retries": _RETRIES}
+        values = self.max_concurrency, self.timeout, self.max_retries
+        check_numbers(SimpleNamespace(**dict(zip(ranges, values, strict=True))), ranges)  # the command line's names
         address = urlsplit(self.base_url)
         if "@" in address.netloc or address.query:
             raise ValueError(
