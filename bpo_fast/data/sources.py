@@ -89,7 +89,7 @@ class Source:
     @cached_property
     def folder(self) -> str | os.PathLike | None:
         """The folder of the images; None where there can be none, since they are embedded."""
-        if self.image_folder is None and not isinstance(self.annotations, list) and Path(self.annotations).exists():
+        if self.image_folder is None and not isinstance(self.annotations, list) and os.path.exists(self.annotations):
             path = Path(self.annotations)
             return path if path.is_dir() else path.parent
         return self.image_folder

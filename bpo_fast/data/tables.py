@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 from datasets import load_dataset, load_from_disk
 
-from bpo_fast.data.conversations import Columns
+from bpo_fast.data.conversations import LLAVA, Columns
 from bpo_fast.data.images import Embedded
 from bpo_fast.runs.text import shown
 
@@ -63,8 +63,10 @@ class TableRecords:
                 f"{self.name}: found no data set that can be read ({shown(str(error))}), expected a JSON, Parquet or "
                 "Arrow file, a folder of them or of save_to_disk, or a data set of the Hub."
             ) from None
+        # A column of ids may be missing, unless it was asked for by its name.
+        needed = (columns.image, *columns.texts, *({columns.id} - {LLAVA.id}))
         for file in self._files:
-            missing = [name for name in (columns.image, *columns.texts) if name not in file.schema.names]
+            missing = [name for name in needed if name not in file.schema.names]
             if missing:
                 raise ValueError(
                     f"{self.name}: found no column '{missing[0]}' among {', '.join(file.schema.names)}, expected "

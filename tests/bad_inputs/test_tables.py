@@ -104,6 +104,11 @@ DAMAGES = [
     Damage(
         "columns that are not stated", refused="found no column 'conversations' among id, ", options=(("columns", {}),)
     ),
+    Damage(
+        "no column of ids of that name",
+        refused="found no column 'key' among id, image, question, answer, expected those of",
+        options=(("columns", {"id": "key", "question": "question", "answer": "answer"}),),
+    ),
     Damage("nothing of that name", refused=NOT_READ, options=at("nobody/nothing")),
     Damage("no file", refused=NOT_READ, options=at("rows.parquet")),
     Damage("an empty folder", lambda folder: (folder / "rows/empty").mkdir(), NOT_READ, options=at("rows/empty")),
