@@ -21,7 +21,7 @@ from PIL import Image
 
 from bpo_fast.answers.generate import GenerationSettings, check_processor, generate
 from bpo_fast.answers.score import check_scoring, score_answers
-from bpo_fast.bootstrap.filters import normalised, similarity
+from bpo_fast.bootstrap.filters import FilterOptions, check, normalised, similarity
 from bpo_fast.bootstrap.maker import Made, check_seed, draw
 from bpo_fast.data.annotations import Annotation
 from bpo_fast.models.clip import load_clip
@@ -89,8 +89,9 @@ def _standardised(values):
 class M3PO:
     """Pairs of two answers of the model, scored by a CLIP-like model and by itself. Our reading of an abstract.
 
-    Answers that were cut at max_new_tokens, and those nearly as one before them, are left out of the pool. A sample
-    whose pool is too small, or whose answers fit the image too much alike, gives no pair and is counted.
+    Left out of the pool are answers that were cut at max_new_tokens, that the default filters would drop (loops,
+    refusals, echoes), or that are nearly as one before them. A sample whose pool is too small, or whose answers fit the
+    image too much alike, gives no pair and is counted.
 
     Args:
         alignment_model: path or name of a CLIP-like model, such as openai/clip-vit-large-patch14.
@@ -166,7 +167,7 @@ class M3PO:
         sampled = [response.text for response in responses if _is_answer(processor, sample, response)]
         texts = self._distinct(annotated + sampled)
         if len(texts) < 2:
-            found = f"{len(texts)} whole and distinct of {len(responses)} sampled answers"
+            found = f"{len(texts)} whole, sound and distinct of {len(responses)} sampled answers"
             return Made(None, fault=f"m3po_pool: {found}, where two are needed")
         alignments = load_clip(str(self.alignment_model), model.device).alignments(image, texts)
         scores = score_answers(model, processor, image, sample.prompt, texts)
@@ -197,8 +198,11 @@ class M3PO:
 
 
 def _is_answer(processor, sample, response):
-    """Whether a response is one that can be scored and preferred: whole, not empty, without an image's placeholder."""
-    if response.truncated:
+    """Whether a response can be scored and preferred: whole, without an image's placeholder, and well-formed.
+
+    A loop or a refusal is what a model is most confident of, and would be dispreferred for nothing that it says.
+    """
+    if response.truncated or check(sample, Made(None, chosen=response.text), FilterOptions(max_response_words=None)):
         return False
     try:
         render(processor, sample.prompt, [response.text])

@@ -171,9 +171,20 @@ def test_the_pool_leaves_out_what_is_cut_empty_or_said_before(faked):
     assert faked(answers(first, again, other), pool_similarity=1.0).chosen == first
 
 
+@pytest.mark.parametrize(
+    "unsound",
+    ["a cat " * 20 + "-0.1 0.05", "As an AI language model, I cannot -0.1 0.05", "ASSISTANT: a cat -0.1 0.05"],
+)
+def test_what_is_confident_for_no_better_reason_than_its_form_is_not_dispreferred(faked, unsound):
+    made = faked(answers(unsound, "one cat sits on the mat -1.0 0.30", "a dog -2.0 0.10"))
+    assert (made.rejected, made.details["pool"]) == ("a dog -2.0 0.10", 2)
+
+
 def test_a_sample_without_a_pair_says_why(faked):
     made = faked([Response("a cat -1.0 0.3", False), Response("a dog -1.0 0.3", True)])
-    assert made == Made(None, fault="m3po_pool: 1 whole and distinct of 2 sampled answers, where two are needed")
+    assert made == Made(
+        None, fault="m3po_pool: 1 whole, sound and distinct of 2 sampled answers, where two are needed"
+    )
     made = faked(answers("a cat -1.0 0.3", "five dogs -1.0 0.295"))
     assert made.fault == "m3po_margin: no answer that fits the image by 0.01 less than the preferred one, of 2"
     assert faked(answers("a cat -1.0 0.3", "five dogs -1.0 0.29"), margin=0.005).fault == ""

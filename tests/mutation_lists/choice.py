@@ -115,9 +115,16 @@ MUTATIONS = [
     Mutation(
         "an answer that was cut in the pool",
         _M3PO,
-        "    if response.truncated:\n",
-        "    if False:\n",
+        "    if response.truncated or check(",
+        "    if check(",
         f"{_M3PO_TESTS}the_pool_leaves_out_what_is_cut_empty_or_said_before",
+    ),
+    Mutation(
+        "a loop as the answer that the model is confident of",
+        _M3PO,
+        " or check(sample, Made(None, chosen=response.text), FilterOptions(max_response_words=None)):\n",
+        ":\n",
+        f"{_M3PO_TESTS}what_is_confident_for_no_better_reason_than_its_form_is_not_dispreferred",
     ),
     Mutation(
         "a later copy in the place of the first",
