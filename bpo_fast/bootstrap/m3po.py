@@ -90,8 +90,8 @@ class M3PO:
     """Pairs of two answers of the model, scored by a CLIP-like model and by itself. Our reading of an abstract.
 
     Left out of the pool are answers that were cut at max_new_tokens, that the default filters would drop (loops,
-    refusals, echoes), or that are nearly as one before them. A sample whose pool is too small, or whose answers fit the
-    image too much alike, gives no pair and is counted.
+    refusals, echoes), or that are nearly as one before them. A sample whose pool is too small, or whose answers fit
+    the image too much alike, gives no pair and is counted.
 
     Args:
         alignment_model: path or name of a CLIP-like model, such as openai/clip-vit-large-patch14.
