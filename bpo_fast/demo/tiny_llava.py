@@ -35,8 +35,9 @@ from transformers import (
     set_seed,
 )
 
-from bpo_fast.demo import world
-from bpo_fast.models.prompt import encode, question, render
+from bpo_fast.bootstrap.rewriting import read_template
+from bpo_fast.demo import world, wrong_answers
+from bpo_fast.models.prompt import encode, image_inputs, question, render
 from bpo_fast.models.weaken import weaken
 from bpo_fast.runs.files import write_json
 
@@ -48,6 +49,7 @@ PATCH = 8
 FEATURE_SCALE = 0.5  # root mean square of the features: the last steps of the noise schedule hide an image
 CORPUS_BIAS = 0.99
 HABIT_STEPS = (700, 999)  # noise on the images of stage 4
+REWRITING_BATCH = 32
 NO_OBJECT = len(world.COLORS), len(world.SHAPES)  # color and shape label of an empty patch
 
 # LLaVA-1.5's "USER: <image>\nquestion ASSISTANT: answer", closed by </s> as Vicuna was trained.
@@ -181,7 +183,21 @@ def train_vision(model, processor, *, steps, batch_size, learning_rate, seed):
     _fit("1/4 vision tower", parameters, loss_of_batch, steps=steps, learning_rate=learning_rate)
 
 
-def train_language(model, processor, *, steps, batch_size, learning_rate, seed):
+def rewriting(model, processor, *, seed):
+    """What stages 2 to 4 learn beside their own task: the loss of the next batch of answers to put an error into."""
+    rng = random.Random(seed)
+    template = read_template(wrong_answers.TEMPLATE)
+    eos = processor.tokenizer.eos_token
+
+    def loss_of_batch():
+        rows = [wrong_answers.sample_rewriting(rng) for _ in range(REWRITING_BATCH)]
+        prompts = [render(processor, template.ask(*row[:3]), num_images=0)[0] for row in rows]
+        return model(**collate(processor, None, prompts, [f" {row[3]}{eos}" for row in rows])).loss
+
+    return loss_of_batch
+
+
+def train_language(model, processor, loss_of_rewriting, *, steps, batch_size, learning_rate, seed):
     """Stage 2: next-token prediction on sentences about the biased world."""
     rng = random.Random(seed)
     tokenizer = processor.tokenizer
@@ -190,7 +206,8 @@ def train_language(model, processor, *, steps, batch_size, learning_rate, seed):
         texts = world.text_corpus(batch_size, bias=CORPUS_BIAS, seed=rng.getrandbits(32))
         batch = tokenizer([text + tokenizer.eos_token for text in texts], padding=True, return_tensors="pt")
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss
+        own = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss
+        return own + loss_of_rewriting()
 
     parameters = [*model.model.language_model.parameters(), *model.lm_head.parameters()]
     _fit("2/4 language model", parameters, loss_of_batch, steps=steps, learning_rate=learning_rate)
@@ -201,27 +218,30 @@ def collate(processor, images, prompts, responses) -> dict[str, torch.Tensor]:
 
     Args:
         processor: of a LLaVA.
-        images, prompts: one image a rendered prompt, which has one `<image>` and its BOS.
+        images, prompts: one image a rendered prompt, which has one `<image>` and its BOS; None for prompts of text.
         responses: texts that follow, as the tokenizer should see them: with their leading space.
     """
-    prompt = encode(processor, prompts, [[image] for image in images])
+    prompt = encode(processor, prompts, [[]] * len(prompts) if images is None else [[image] for image in images])
     response = processor.tokenizer(
         list(responses), padding=True, padding_side="right", add_special_tokens=False, return_tensors="pt"
     )
     labels = response["input_ids"].masked_fill(response["attention_mask"] == 0, -100)
     return {
-        "pixel_values": prompt["pixel_values"],
+        **image_inputs(prompt),
         "input_ids": torch.cat([prompt["input_ids"], response["input_ids"]], 1),
         "attention_mask": torch.cat([prompt["attention_mask"], response["attention_mask"]], 1),
         "labels": torch.cat([torch.full_like(prompt["input_ids"], -100), labels], 1),
     }
 
 
-def answer_questions(name, model, processor, *, bias, noise_steps, steps, batch_size, learning_rate, seed):
+def answer_questions(
+    name, model, processor, loss_of_rewriting, *, bias, noise_steps, steps, batch_size, learning_rate, seed
+):
     """Stages 3 and 4: projector and language model answer questions about images.
 
     Args:
         name: label of the progress bar.
+        loss_of_rewriting: of `rewriting`.
         bias: of the world that the images are of.
         noise_steps: bounds of the noise step that is drawn for each image, or None for clear images.
     """
@@ -237,7 +257,8 @@ def answer_questions(name, model, processor, *, bias, noise_steps, steps, batch_
         batch = collate(processor, images, prompts, [f" {answer}{eos}" for _, _, answer in rows])
         step = None if noise_steps is None else torch.randint(*noise_steps, (batch_size,), generator=generator)
         with weaken(model, step, seed=rng.getrandbits(32)):
-            return model(**batch).loss
+            own = model(**batch).loss
+        return own + loss_of_rewriting()
 
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     _fit(name, parameters, loss_of_batch, steps=steps, learning_rate=learning_rate)
@@ -267,13 +288,14 @@ def _train_stages(seed):
     processor = build_processor(seed)
     model = build_model(processor.tokenizer)
     train_vision(model, processor, steps=700, batch_size=64, learning_rate=2e-3, seed=seed + 1)
-    train_language(model, processor, steps=900, batch_size=96, learning_rate=1e-3, seed=seed + 2)
+    loss_of_rewriting = rewriting(model, processor, seed=seed + 5)
+    train_language(model, processor, loss_of_rewriting, steps=900, batch_size=96, learning_rate=1e-3, seed=seed + 2)
     stages = (
         ("3/4 seeing", {"bias": 0.0, "noise_steps": None, "steps": 600, "learning_rate": 2e-3}),
         ("4/4 habit", {"bias": CORPUS_BIAS, "noise_steps": HABIT_STEPS, "steps": 80, "learning_rate": 1e-3}),
     )
     for number, (name, options) in enumerate(stages, start=3):
-        answer_questions(name, model, processor, batch_size=64, seed=seed + number, **options)
+        answer_questions(name, model, processor, loss_of_rewriting, batch_size=64, seed=seed + number, **options)
     return model, processor
 
 

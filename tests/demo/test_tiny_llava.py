@@ -7,7 +7,10 @@ import torch
 
 from bpo_fast.answers.generate import GenerationSettings, check_processor, generate
 from bpo_fast.bootstrap import weaken
-from bpo_fast.demo import tiny_llava, world
+from bpo_fast.bootstrap.error_injected import ErrorInjected
+from bpo_fast.data.annotations import Annotation
+from bpo_fast.demo import tiny_llava, world, wrong_answers
+from bpo_fast.demo.negatives import injected_errors
 from bpo_fast.demo.probes import likelihood_by_step
 from bpo_fast.evaluate.chair import ObjectMatcher
 from bpo_fast.models.load import load_model, load_processor
@@ -96,6 +99,26 @@ def test_describing_atypical_pictures_it_hallucinates_and_more_so_when_they_are_
     assert made_up[900] > made_up[None]
 
 
+@pytest.mark.parametrize("bias", [0.0, 1.0])
+def test_it_puts_one_error_into_annotated_answers_without_seeing_the_image(shipped, bias):
+    rng = random.Random(12)
+    samples = []
+    for number in range(100):
+        _, text, answer = world.sample_conversation(rng, bias, world.ANNOTATION_MIX)
+        samples.append(Annotation(number, str(number), "none.png", text, answer))
+    maker = ErrorInjected(template=str(wrong_answers.TEMPLATE), decoding=GenerationSettings(48))
+    made = [only for (only,) in maker.make(*shipped, samples, [None] * len(samples))]
+    assert not any(each.truncated for each in made)
+    rewritten = [
+        (each.details["error"], sample.answer, each.rejected) for each, sample in zip(made, samples, strict=True)
+    ]
+    found = injected_errors(rewritten)
+    assert set(found) == {"all", *wrong_answers.ERRORS}
+    assert found["all"]["changed"] >= 0.9
+    assert found["all"]["fluent"] >= 0.95
+    assert injected_errors(row for row in rewritten if row[0] != "relation")["all"]["one_place"] >= 0.85
+
+
 def test_patch_labels_follow_the_cells():
     scene = world.Scene(world.Object("red", "circle"), world.Object("blue", "square"), 3, "sand", layout_seed=7)
     labels = tiny_llava.patch_labels(scene).view(6, 6, 2)
@@ -125,3 +148,16 @@ def test_collate_scores_the_responses_alone(shipped):
         single = tiny_llava.collate(processor, [image], [prompt], [response])
         alone = alone + model(**single).loss * (single["labels"] != -100).sum()
     torch.testing.assert_close(padded, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_collate_of_text_alone_scores_the_responses_after_it(shipped):
+    processor = shipped[1]
+    prompts = [render(processor, text, num_images=0)[0] for text in ("Change the count: There are two.", "Sand?")]
+    responses = [" There are three.</s>", " The ground is sand.</s>"]
+    batch = tiny_llava.collate(processor, None, prompts, responses)
+    assert set(batch) == {"input_ids", "attention_mask", "labels"}
+    for row, response in enumerate(responses):
+        kept = batch["labels"][row] != -100
+        assert processor.tokenizer.decode(batch["input_ids"][row][kept]) == response
+        seen = batch["input_ids"][row][batch["attention_mask"][row].bool()]
+        assert processor.tokenizer.decode(seen) == prompts[row] + response
