@@ -19,6 +19,7 @@ from mutation_lists import (
     choice,
     cli,
     data,
+    demo,
     kernels,
     losses,
     models,
@@ -35,7 +36,22 @@ ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("bpo_fast", "kernels", "csrc", "recipes", "tests", "examples", "pyproject.toml")
 MUTATIONS = [
     mutation
-    for part in (kernels, precision, models, losses, data, cli, train, runs, plan, servers, report, answers, choice)
+    for part in (
+        kernels,
+        precision,
+        models,
+        losses,
+        data,
+        cli,
+        train,
+        runs,
+        plan,
+        servers,
+        report,
+        answers,
+        choice,
+        demo,
+    )
     for mutation in part.MUTATIONS
 ]
 

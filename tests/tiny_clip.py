@@ -18,10 +18,11 @@ IMAGES = {"image_size": 16, "patch_size": 8}
 LENGTH = 24
 
 
-def make_clip(family="clip", seed=0):
-    """(model, processor): of the words of tiny_models, with and without punctuation behind them."""
-    tokenizer = make_tokenizer()
-    tokenizer.add_tokens([f"w{n}{end}" for n in range(10) for end in ".!"])
+def make_clip(family="clip", seed=0, tokenizer=None):
+    """(model, processor): by default of the words of tiny_models, with and without punctuation behind them."""
+    if tokenizer is None:
+        tokenizer = make_tokenizer()
+        tokenizer.add_tokens([f"w{n}{end}" for n in range(10) for end in ".!"])
     tokenizer.model_max_length = LENGTH
     words = {"vocab_size": len(tokenizer), "max_position_embeddings": LENGTH, "bos_token_id": 1, "eos_token_id": 2}
     text, vision = SIZES | words | {"pad_token_id": 0}, SIZES | IMAGES
@@ -40,6 +41,6 @@ def make_clip(family="clip", seed=0):
     return model.eval(), processor
 
 
-def save_clip(folder, family="clip", seed=0):
-    for part in make_clip(family, seed):
+def save_clip(folder, family="clip", seed=0, tokenizer=None):
+    for part in make_clip(family, seed, tokenizer):
         part.save_pretrained(folder)

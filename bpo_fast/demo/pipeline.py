@@ -9,6 +9,7 @@ evaluations at their last batch, a training, which takes a minute, at its start.
 import itertools
 import os
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,10 +18,14 @@ from statistics import fmean
 import torch
 from peft import LoraConfig
 
+from bpo_fast.answers.generate import GenerationSettings
 from bpo_fast.bootstrap import bootstrap
+from bpo_fast.bootstrap.error_injected import ErrorInjected
+from bpo_fast.bootstrap.image_weakened import ImageWeakened
 from bpo_fast.data.pairs import MANIFEST_FILE, load_preference_dataset
-from bpo_fast.demo import world
+from bpo_fast.demo import negatives, world, wrong_answers
 from bpo_fast.demo.grade import grade_descriptions
+from bpo_fast.demo.negatives import MAX_NEW_TOKENS
 from bpo_fast.demo.probes import LogpsProbe, likelihood_by_step
 from bpo_fast.demo.report import METHODS, RATES, REPORT_FILE, read_answers, summary, text_table, write_report
 from bpo_fast.demo.tiny_llava import CHECKPOINT
@@ -34,8 +39,11 @@ from bpo_fast.train.config import BPOConfig
 from bpo_fast.train.trainer import BPOTrainer
 
 CHOSEN_ON_SEEDS = (1, 2, 3)  # the runs that the default settings were chosen on; judged on others
-TRAINED = ("bpo", "sft")
+# What is trained -> the kind of the pairs that it is trained on; all on the same samples.
+TRAINED = {"bpo": ImageWeakened.kind, "injected": ErrorInjected.kind, "sft": ImageWeakened.kind}
 MAX_SEED = 2**32  # exclusive: numpy's generators take 32 bits
+NOISE_STEPS = (100, 300, 500, 700, 900)  # those whose hallucination is counted
+NUM_EXAMPLES = 4  # samples of pairs in the report
 LIKELIHOOD_STEPS = (None, 100, 200, 300, 400, 500, 600, 700, 800, 900, 999)
 
 
@@ -43,7 +51,8 @@ LIKELIHOOD_STEPS = (None, 100, 200, 300, 400, 500, 600, 700, 800, 900, 999)
 class DemoSettings:
     """What decides the demo's figures.
 
-    BPO and SFT share everything but the loss: pairs, order, steps, learning rate, adapter. BPO's is the preference
+    All trainings share samples, order, steps, learning rate and adapter. SFT differs by its loss, BPO on injected
+    errors by its rejected answers. BPO's loss is the preference
     term with label smoothing, and SFT's own loss beside it: without these two it breaks sentences, since a rejected
     answer shares most of its words with the chosen one. The defaults were chosen on `CHOSEN_ON_SEEDS`.
     """
@@ -64,7 +73,7 @@ class DemoSettings:
     bpo_label_smoothing: float = 0.3
     lora_r: int = 32
     lora_alpha: int = 64
-    num_likelihood_scenes: int = 64
+    num_noise_scenes: int = 64
 
 
 def run(
@@ -86,7 +95,7 @@ def run(
         model_path: the tiny LLaVA.
 
     Returns:
-        What `results.json` holds: `mean` and `seeds`, each with the scores of "base", "sft" and "bpo".
+        What `results.json` holds: `mean` and `seeds`, each with the scores of "base", "sft", "injected" and "bpo".
 
     Raises:
         ValueError: no seed, one twice or out of range, nothing that loads at `model_path`, or `output_dir` holds
@@ -114,6 +123,7 @@ def run(
         "settings_chosen_on_seeds": list(CHOSEN_ON_SEEDS) if settings == DemoSettings() else None,
         "seeds": runs,
         "mean": _mean([run["scores"] for run in runs]),
+        "negatives": negatives.mean_of_runs([run["negatives"] for run in runs]),
     }
     write_json(results_file, results)
     results = read_json(results_file)
@@ -127,16 +137,18 @@ def _run_seed(folder, seed, settings, model_path):
     processor = load_processor(model_path)
     print(f"seed {seed}, 1/4: images of a miniature world")
     annotations, heldout = _make_world(folder, seed, settings)
-    print(f"seed {seed}, 2/4: preference pairs from weakened images")
+    print(f"seed {seed}, 2/4: preference pairs from weakened images and injected errors")
     pairs = _bootstrap(folder / "pairs", annotations, seed, settings, model_path, processor)
     print(f"seed {seed}, 3/4: training")
-    for method in TRAINED:
-        _train(folder / method, method, pairs, seed, settings, model_path, processor)
+    pairs_of = negatives.of_same_samples(pairs)
+    for method, kind in TRAINED.items():
+        _train(folder / method, method, pairs_of[kind], seed, settings, model_path, processor)
     print(f"seed {seed}, 4/4: evaluation on {settings.num_heldout} held-out images")
     scores = {method: _evaluate(folder, method, heldout, model_path, processor) for method in METHODS}
+    made = _negatives(folder / "negatives.json", pairs, seed, settings, model_path, processor)
     likelihood = _likelihood(folder / "likelihood.json", seed, settings, model_path, processor)
     logps = {method: read_json(folder / method / "logps.json") for method in TRAINED}
-    return {"seed": seed, "num_pairs": len(pairs), "scores": scores, "logps": logps, "likelihood": likelihood}
+    return {"seed": seed, "scores": scores, "logps": logps, "likelihood": likelihood, "negatives": made}
 
 
 def _make_world(folder, seed, settings):
@@ -153,15 +165,17 @@ def _make_world(folder, seed, settings):
 def _bootstrap(folder, annotations, seed, settings, model_path, processor):
     if (folder / MANIFEST_FILE).exists():
         return load_preference_dataset(folder)
+    decoding = GenerationSettings(MAX_NEW_TOKENS)
     return bootstrap(
         load_model(model_path, dtype=torch.float32, device="cpu"),
         processor,
         annotations,
         annotations.parent / "images",
         folder,
-        noise_step=settings.noise_step,
-        seed=seed,
-        max_new_tokens=48,
+        kinds=[
+            ImageWeakened(steps=settings.noise_step, seed=seed, decoding=decoding),
+            ErrorInjected(template=str(wrong_answers.TEMPLATE), seed=seed, decoding=decoding),
+        ],
         batch_size=64,
     )
 
@@ -175,9 +189,9 @@ def _train(folder, method, pairs, seed, settings, model_path, processor):
         model=load_model(model_path, dtype=torch.float32, device="cpu"),
         args=BPOConfig(
             output_dir=str(folder),
-            loss_type=list(settings.bpo_loss) if method == "bpo" else "sft",
-            loss_weights=list(settings.bpo_loss_weights) if method == "bpo" else None,
-            label_smoothing=settings.bpo_label_smoothing if method == "bpo" else 0.0,
+            loss_type=list(settings.bpo_loss) if method != "sft" else "sft",
+            loss_weights=list(settings.bpo_loss_weights) if method != "sft" else None,
+            label_smoothing=settings.bpo_label_smoothing if method != "sft" else 0.0,
             beta=settings.beta,
             max_steps=settings.train_steps,
             per_device_train_batch_size=settings.batch_size,
@@ -204,7 +218,7 @@ def _train(folder, method, pairs, seed, settings, model_path, processor):
 def _evaluate(folder, method, questions, model_path, processor):
     adapter = None if method == "base" else folder / method
     model = load_model(model_path, dtype=torch.float32, device="cpu", adapter=adapter)
-    options = {"adapter": adapter, "max_new_tokens": 48, "batch_size": 64}
+    options = {"adapter": adapter, "max_new_tokens": MAX_NEW_TOKENS, "batch_size": 64}
     scores = {}
     for kind, file, synonyms in zip(("chair", "pope"), questions, (world.synonym_table(), None), strict=True):
         output_dir = folder / "scores" / f"{method}-{kind}"
@@ -216,14 +230,37 @@ def _evaluate(folder, method, questions, model_path, processor):
     return scores | {"description": grade_descriptions([answers[record["id"]] for record in records], scenes)}
 
 
+def _negatives(path, pairs, seed, settings, model_path, processor):
+    if not path.exists():
+        texts = negatives.read_texts(pairs)
+        injected = (
+            (text["error"], text["chosen"], text["rejected"]) for text in texts if text["kind"] == ErrorInjected.kind
+        )
+        model = load_model(model_path, dtype=torch.float32, device="cpu")
+        scenes = _exceptions(seed, settings)
+        figures = {
+            "pairs": Counter(text["kind"] for text in texts),
+            "errors": negatives.injected_errors(injected),
+            "noise": negatives.hallucination_by_step(model, processor, scenes, NOISE_STEPS, seed=seed),
+            "examples": negatives.first_of_both(texts, NUM_EXAMPLES),
+        }
+        write_json(path, figures)
+    return read_json(path)
+
+
 def _likelihood(path, seed, settings, model_path, processor):
     if not path.exists():
         model = load_model(model_path, dtype=torch.float32, device="cpu")
         enable_packed_forward(model)
-        rng = random.Random(10 * seed + 3)
-        scenes = [world.sample_scene(rng, bias=0.0) for _ in range(settings.num_likelihood_scenes)]
+        scenes = _exceptions(seed, settings)
         write_json(path, likelihood_by_step(model, processor, scenes, LIKELIHOOD_STEPS, seed=seed))
     return read_json(path)
+
+
+def _exceptions(seed, settings):
+    """Scenes that are not typical, on which the effect of noise is measured."""
+    rng = random.Random(10 * seed + 3)
+    return [world.sample_scene(rng, bias=0.0) for _ in range(settings.num_noise_scenes)]
 
 
 def _mean(scores):

@@ -2,19 +2,21 @@
 
 import os
 from functools import partial
+from html import escape
 from importlib.util import find_spec
 from pathlib import Path
 
 from bpo_fast.demo import world
 from bpo_fast.demo.grade import GRADES
+from bpo_fast.demo.negatives import KINDS, SHARES
 from bpo_fast.evaluate.run import ANSWERS_FILE
 from bpo_fast.report import page
 from bpo_fast.runs.files import read_json, replacing
 
 REPORT_FILE = "report.html"
 NUM_SAMPLES = 8
-METHODS = {"base": "Before", "sft": "SFT on chosen", "bpo": "BPO"}
-_COLORS = {"Before": "#9aa3ad", "SFT on chosen": "#d99a3d", "BPO": "#2f6fb0"}
+METHODS = {"base": "Before", "sft": "SFT on chosen", "injected": "BPO on errors", "bpo": "BPO"}
+_COLORS = dict(zip(METHODS.values(), ("#9aa3ad", "#d99a3d", "#8db4d9", "#2f6fb0"), strict=True))
 _TRUE, _TYPICAL, _INK = "#2b8a57", "#c2504b", "#22303c"
 # What a rate says, its scorer and its name there. The first ones are drawn, and tell gains and costs by their short
 # names.
@@ -37,6 +39,8 @@ RATES = (
     ("F1 of yes/no answers", "pope", "f1"),
     ("Yes/no questions answered yes", "pope", "yes_ratio"),
 )
+_ERRORS = ("Error asked for", "Answers", "Changed", "At one place", "Fluent")
+_NOISE = ("Noise step", "Descriptions that hallucinate")
 _BACKGROUND = (
     "The model was pretrained in a miniature world where a red circle nearly always comes with two blue squares, and "
     "it says so even when the image shows something else. Bootstrapped Preference Optimization trains it against its "
@@ -105,14 +109,30 @@ def write_report(output_dir: str | os.PathLike, results: dict) -> Path:
             f"{_BACKGROUND} Shown are {settings['num_heldout']} images, none of them typical{runs}. An "
             "answer hallucinates when it names an object that its image does not show. It is exactly right when it is "
             "the true description, word for word. Half of the yes/no questions ask for an object that is there, the "
-            "other half for the typical one, which is not.",
+            "other half for the typical one, which is not. BPO is trained on image-weakened answers, BPO on errors on "
+            "error-injected ones for the same samples.",
             _scores(results, has_charts),
         ),
         page.section(
+            "Two kinds of wrong answers",
+            "To annotated answers the model makes wrong ones itself. Image-weakened: it answers from the image with "
+            f"noise of step {settings['noise_step']} on it. Error-injected: it changes an object, an attribute, a "
+            "count or a relation of the annotated answer, without a look at the image. Words that differ are marked.",
+            _pairs(Path(output_dir) / f"seed-{first['seed']}", first),
+        ),
+        page.section(
+            "What is wrong with them",
+            "Error-injected answers by the error that was asked for: how many name another object, attribute or count "
+            "than the annotated answer, how many do so at one place alone, and how many are by the grammar of this "
+            "world. And how many descriptions of images that are not typical hallucinate, by the noise on the image.",
+            page.table(_ERRORS, _error_rows(results["negatives"]["errors"]))
+            + page.table(_NOISE, _noise_rows(results["negatives"]["noise"])),
+        ),
+        page.section(
             "What training does to the answers",
-            "Pairs kept out of training: the chosen answer is the annotated one, the rejected answer is the model's "
-            "own about the weakened image. BPO makes the rejected answers unlikely; SFT, with as many steps on the "
-            "same chosen answers, never sees them. Log-probs of an answer in nats, by training step.",
+            "Pairs kept out of training, of the kind that is trained on; for SFT those of BPO. BPO makes the rejected "
+            "answers unlikely; SFT, with as many steps on the same chosen answers, never sees them. Log-probs of an "
+            "answer in nats, by training step.",
             _logps(first["logps"], has_charts),
         ),
         page.section(
@@ -140,7 +160,7 @@ def write_report(output_dir: str | os.PathLike, results: dict) -> Path:
 
 
 def _settings_words(results):
-    words = "BPO and SFT share all of them but the loss."
+    words = "All trainings share them but for the loss of SFT."
     if "sft" in results["settings"]["bpo_loss"]:
         words += " BPO's loss holds that of SFT on the chosen answers (sft) beside the preference term."
     seeds = results["settings_chosen_on_seeds"]
@@ -166,16 +186,18 @@ def _scores(results, has_charts):
 
 def _logps(logps, has_charts):
     if not has_charts:
-        header = [f"{METHODS[method]}, {side}" for method in ("bpo", "sft") for side in ("chosen", "rejected")]
-        points = zip(logps["bpo"], logps["sft"], strict=True)
-        rows = [[a["step"], *(f"{p[side]:.2f}" for p in (a, b) for side in ("chosen", "rejected"))] for a, b in points]
+        header = [f"{METHODS[method]}, {side}" for method in logps for side in ("chosen", "rejected")]
+        rows = [
+            [points[0]["step"], *(f"{point[side]:.2f}" for point in points for side in ("chosen", "rejected"))]
+            for points in zip(*logps.values(), strict=True)
+        ]
         return page.table(["training step", *header], rows)
     from bpo_fast.report.figures import line_chart
 
     values = [point[side] for history in logps.values() for point in history for side in ("chosen", "rejected")]
     margin = 0.05 * (max(values) - min(values))
     panels = []
-    for method in ("bpo", "sft"):
+    for method in logps:
         steps = [point["step"] for point in logps[method]]
         lines = {side: (steps, [point[side] for point in logps[method]]) for side in ("chosen", "rejected")}
         draw = partial(
@@ -207,6 +229,32 @@ def _likelihood(likelihood, has_charts):
         y_range=(0, 1.05 * max(likelihood["true"] + likelihood["typical"])),
     )
     return page.charts([page.chart("Effect of image-weakened prompting", draw, width=640)])
+
+
+def _pairs(folder, run):
+    image_of = {record["id"]: record["image"] for record in read_json(folder / "annotated" / "instruct.json")}
+    samples = []
+    for negatives in run["negatives"]["examples"]:
+        weakened, injected = (negatives[kind] for kind in KINDS)
+        chosen = weakened["chosen"]
+        labels = {f"Error-injected: {injected['error']}": injected, "Image-weakened": weakened}
+        answers_html = {weakened["question"]: escape(chosen)} | {
+            label: page.marked_differences(each["rejected"], chosen) for label, each in labels.items()
+        }
+        png = (folder / "annotated" / "images" / image_of[weakened["id"]]).read_bytes()
+        samples.append((png, chosen, answers_html))
+    return page.sample_cards(samples)
+
+
+def _error_rows(errors):
+    return [
+        [name, row["answers"], *(_percent(row[share]) for share in SHARES)]
+        for name, row in sorted(errors.items(), key=lambda item: item[0] == "all")
+    ]
+
+
+def _noise_rows(noise):
+    return [[step, _percent(share)] for step, share in zip(noise["steps"], noise["hallucinated"], strict=True)]
 
 
 def _samples(folder, run):

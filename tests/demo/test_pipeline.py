@@ -1,21 +1,25 @@
 """The demo end to end with few images and two training steps; its figures at full size are the demo's own."""
 
 import base64
+import itertools
 import json
 import re
 import shutil
 import sys
+from collections import Counter
 
 import pytest
 from reading import read_page
 from safetensors.torch import load_file, save_file
 
+from bpo_fast.data.pairs import load_preference_dataset
 from bpo_fast.demo import grade, pipeline, report, tiny_llava, world
+from bpo_fast.demo.negatives import injected_errors
 from bpo_fast.evaluate.chair import score_chair
 from bpo_fast.report.page import marked
 
 SETTINGS = pipeline.DemoSettings(
-    num_annotations=24, num_heldout=6, num_probe_pairs=4, train_steps=2, batch_size=2, num_likelihood_scenes=2
+    num_annotations=24, num_heldout=6, num_probe_pairs=4, train_steps=2, batch_size=2, num_noise_scenes=2
 )
 
 
@@ -38,7 +42,7 @@ def test_results_are_those_of_the_files(finished):
     assert read(folder / "results.json") == results
     (run,) = results["seeds"]
     questions = read(folder / "seed-3" / "heldout" / "descriptions.json")
-    for method in ("base", "sft", "bpo"):
+    for method in ("base", "sft", "injected", "bpo"):
         answers = [
             line["answer"] for line in read_jsonl(folder / "seed-3" / "scores" / f"{method}-chair" / "answers.jsonl")
         ]
@@ -47,11 +51,35 @@ def test_results_are_those_of_the_files(finished):
         assert results["mean"][method]["chair"]["response_rate"] == expected["response_rate"]
 
 
-def test_both_methods_start_from_the_same_model_and_both_move(finished):
+def test_all_methods_start_from_the_same_model_and_samples_and_all_move(finished):
     logps = finished[1]["seeds"][0]["logps"]
-    assert [[point["step"] for point in history] for history in logps.values()] == [[0, 1, 2]] * 2
+    assert [[point["step"] for point in history] for history in logps.values()] == [[0, 1, 2]] * 3
     assert logps["bpo"][0] == logps["sft"][0]
     assert logps["bpo"][-1] != logps["sft"][-1] != logps["sft"][0]
+    # The same answers are chosen, and other ones rejected.
+    assert logps["injected"][0]["chosen"] == pytest.approx(logps["sft"][0]["chosen"], rel=1e-5)
+    assert logps["injected"][0]["rejected"] != logps["sft"][0]["rejected"]
+    assert logps["injected"][-1] != logps["injected"][0]
+
+
+def test_figures_of_the_negatives_are_those_of_the_pairs(finished):
+    folder, results = finished
+    pairs = load_preference_dataset(folder / "seed-3" / "pairs").remove_columns("images")
+    (run,) = results["seeds"]
+    assert run["negatives"]["pairs"] == Counter(pairs["rejected_type"])
+    answers = []
+    for pair in pairs:
+        if pair["rejected_type"] == "error_injected":
+            texts = (pair[side][0]["content"][0]["text"] for side in ("chosen", "rejected"))
+            answers.append((json.loads(pair["details"])["error"], *texts))
+    assert run["negatives"]["errors"] == injected_errors(answers)
+    assert run["negatives"]["errors"]["all"]["answers"] >= 0.9 * SETTINGS.num_annotations
+    assert len(run["negatives"]["noise"]["hallucinated"]) == len(pipeline.NOISE_STEPS)
+    assert results["negatives"] == {name: run["negatives"][name] for name in ("noise", "errors")}
+    for example in run["negatives"]["examples"]:
+        weakened, injected = example["image_weakened"], example["error_injected"]
+        assert (weakened["id"], weakened["chosen"]) == (injected["id"], injected["chosen"])
+        assert weakened["rejected"] != injected["rejected"]
 
 
 def test_held_out_images_are_not_trained_on(finished):
@@ -97,11 +125,20 @@ def test_the_report_holds_its_images_and_the_rates(finished):
     page = read_page(source)
     assert not page.tags & {"script", "link", "iframe"}
     assert not re.search(r"(src|href|srcset)=\"(?!data:)", source)
-    # Seven charts, each twice, and all held-out images, of which there are fewer than samples.
-    assert len(page.images) == 2 * 7 + 6
+    # Eight charts, each twice, pairs of annotated images, and all held-out images, which are fewer than samples.
+    examples = results["seeds"][0]["negatives"]["examples"]
+    assert 0 < len(examples) <= pipeline.NUM_EXAMPLES
+    assert len(page.images) == 2 * 8 + len(examples) + 6
+    for example in examples:
+        assert {f"Error-injected: {example['error_injected']['error']}", example["image_weakened"]["question"]} <= set(
+            page.text
+        )
+    errors = results["negatives"]["errors"]
+    assert {f"{100 * row['changed']:.1f} %" for row in errors.values()} <= set(page.text)
+    assert {f"{100 * share:.1f} %" for share in results["negatives"]["noise"]["hallucinated"]} <= set(page.text)
     for image in page.images:
         assert base64.b64decode(image.removeprefix("data:image/png;base64,")).startswith(b"\x89PNG")
-    for method in ("base", "sft", "bpo"):
+    for method in ("base", "sft", "injected", "bpo"):
         scores = results["mean"][method]
         assert f"{100 * scores['chair']['response_rate']:.0f} %" in page.text
         assert f"{100 * scores['chair']['object_rate']:.1f} %" in page.text
@@ -153,11 +190,11 @@ def test_without_matplotlib_the_report_has_its_tables_and_says_how_to_have_chart
         page = read_page((folder / "report.html").read_text())
     finally:
         (folder / "report.html").write_bytes(drawn)
-    assert len(page.images) == 6  # those of the samples
+    assert len(page.images) == len(results["seeds"][0]["negatives"]["examples"]) + 6  # those of pairs and samples
     assert "pip install matplotlib" in capsys.readouterr().out
     assert sum("pip install matplotlib" in text for text in page.text) == 1
     (run,) = results["seeds"]
-    for point in run["logps"]["bpo"] + run["logps"]["sft"]:
+    for point in itertools.chain.from_iterable(run["logps"].values()):
         assert {f"{point['chosen']:.2f}", f"{point['rejected']:.2f}"} <= set(page.text)
     assert {f"{value:.3f}" for side in ("true", "typical") for value in run["likelihood"][side]} <= set(page.text)
 
@@ -170,7 +207,7 @@ def rates(value):
 
 
 def test_the_first_lines_say_gains_and_costs():
-    mean = {"base": rates(0.5), "sft": rates(0.4), "bpo": rates(0.4)}
+    mean = {"base": rates(0.5), "sft": rates(0.4), "injected": rates(0.9), "bpo": rates(0.4)}
     mean["bpo"]["chair"]["response_rate"] = 0.1
     mean["bpo"]["description"]["well_formed"] = 0.3
     mean["bpo"]["pope"]["accuracy"] = 0.45
