@@ -397,6 +397,10 @@ def emulate(page, width, scheme):
     page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
 
 
+CUT_OFF = """
+const cut = (e) => e.clientWidth && e.scrollWidth > e.clientWidth + 8;
+return [...document.querySelectorAll(".pair *")].filter(cut).map((e) => e.className);
+"""
 CONTRAST = """
 const channel = (c) => (c /= 255) <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
 const rgba = (text) => text.match(/[\\d.]+/g).map(Number);
@@ -419,6 +423,8 @@ def test_it_fits_a_phone_and_every_text_stands_out_in_light_and_dark(page, width
         page.run("document.querySelectorAll('details').forEach((each) => (each.open = true))")
         assert page.run("return document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
         assert page.run("return innerWidth") == width
+        # Nothing of a card is cut off at its side, but for the space that a line ends with.
+        assert page.run(CUT_OFF) == []
         ratio, where = page.run(CONTRAST)
         assert ratio >= 4.5, where
         ground = page.run("return getComputedStyle(document.documentElement).backgroundColor")
