@@ -36,11 +36,12 @@ class GivenModel:
     init_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        if self.init_kwargs and not self._is_path:
+        if self.init_kwargs and not self.is_path:
             raise ValueError("model_init_kwargs: found some beside a loaded model, expected them with a path.")
 
     @property
-    def _is_path(self):
+    def is_path(self) -> bool:
+        """Whether the model is named by path, and not loaded yet."""
         return isinstance(self.model, str | Path)
 
     def check(self) -> None:
@@ -49,7 +50,7 @@ class GivenModel:
         Raises:
             ValueError: see `check_model_files` and `check_adapter_files`.
         """
-        model = local_folder("model", self.model) if self._is_path else None
+        model = local_folder("model", self.model) if self.is_path else None
         adapter = None if self.adapter is None else local_folder("adapter", self.adapter)
         if model is not None:
             check_model_files(model)
@@ -64,7 +65,7 @@ class GivenModel:
         adapter = None
         if self.adapter is not None:
             adapter = {"path": str(self.adapter), "weights": weights_fingerprint(self.adapter, what="adapter")}
-        if self._is_path:
+        if self.is_path:
             path, weights = str(self.model), weights_fingerprint(self.model)
             dtype, quantization = self.init_kwargs.get("dtype", "auto"), self.init_kwargs.get("quantization")
         else:
@@ -79,8 +80,8 @@ class GivenModel:
 
     def load(self) -> tuple[Any, Any]:
         """The model and its processor."""
-        path = str(self.model) if self._is_path else self.model.name_or_path
+        path = str(self.model) if self.is_path else self.model.name_or_path
         trust = bool(self.init_kwargs.get("trust_remote_code"))
         processor = self.processor or load_processor(path, trust_remote_code=trust)
-        model = load_model(path, adapter=self.adapter, **self.init_kwargs) if self._is_path else self.model
+        model = load_model(path, adapter=self.adapter, **self.init_kwargs) if self.is_path else self.model
         return model, processor

@@ -38,30 +38,32 @@ def unreadable_images(image_folder: str | os.PathLike, names: Iterable[str]) -> 
         pool.shutdown(cancel_futures=True)  # an interrupted check ends with the images that are being read
 
 
-def read_ahead(names: Iterable[tuple[str | os.PathLike, str]], ahead: int) -> Iterator[Image.Image | ValueError]:
+def read_ahead(
+    images: Iterable[str | os.PathLike | bytes | ValueError], ahead: int
+) -> Iterator[Image.Image | ValueError]:
     """Decode images in order, `ahead` of them beyond the one that is asked for.
 
     Args:
-        names: (image folder, path below it) of each.
+        images: of each its file's path or content, or why it has none.
         ahead: how many are decoded, and in memory, before they are asked for.
 
     Yields:
         Each image, or the error that says why it cannot be read.
     """
 
-    def read(name):
+    def read(image):
         try:
-            return read_image(image_path(*name))
+            return image if isinstance(image, ValueError) else read_image(image)
         except ValueError as error:
             return error
 
-    names = iter(names)
+    images = iter(images)
     pool = ThreadPoolExecutor(min(ahead, os.cpu_count() or 1))
     try:
-        waiting = deque(pool.submit(read, name) for name in islice(names, ahead))
+        waiting = deque(pool.submit(read, image) for image in islice(images, ahead))
         while waiting:
             image = waiting.popleft().result()
-            waiting.extend(pool.submit(read, name) for name in islice(names, 1))
+            waiting.extend(pool.submit(read, image) for image in islice(images, 1))
             yield image
     finally:
         pool.shutdown(cancel_futures=True)

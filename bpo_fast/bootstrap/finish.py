@@ -9,16 +9,21 @@ from bpo_fast.bootstrap.card import write_card
 from bpo_fast.bootstrap.job import Job, setting_owner
 from bpo_fast.bootstrap.parts import DATA_FOLDER, PARTS_FOLDER
 from bpo_fast.bootstrap.work import read_done
+from bpo_fast.data.mixture import Selection
 from bpo_fast.data.pairs import MANIFEST_FILE, METADATA_FILE, SKIPPED_FILE
 from bpo_fast.runs.files import read_json, write_json, write_jsonl
 from bpo_fast.runs.fingerprint import fingerprint
 from bpo_fast.runs.folder import held
 
 
-def finish(job: Job) -> dict[str, Any]:
+def finish(job: Job, selection: Selection) -> dict[str, Any]:
     """Make the folder of a run whose parts are done one data set, whichever process comes to it, and again at will.
 
     The manifest, written last, makes it whole. All files have the same bytes whoever writes them.
+
+    Args:
+        job: the run.
+        selection: what its samples are of.
 
     Returns:
         The manifest.
@@ -28,26 +33,29 @@ def finish(job: Job) -> dict[str, Any]:
     """
     with held(job.folder / ".finish.lock"):
         done = [read_done(part) for part in job.parts]
-        skipped = _skipped(job, done)
+        skipped = _skipped(job, selection, done)
+        report = selection.report()
+        num_records = sum(source["records"] for source in report["sources"].values())
         write_jsonl(job.folder / SKIPPED_FILE, skipped)
         _remove_stale(job)
         num_pairs = sum(each["rows"] for each in done)
         if not num_pairs:
             reason, times = Counter(skip["reason"] for skip in skipped).most_common(1)[0]
             raise ValueError(
-                f"annotations: found no pair in {job.num_records} records ({times} with {reason}), "
+                f"annotations: found no pair in {num_records} records ({times} with {reason}), "
                 f"expected at least one; see {job.folder / SKIPPED_FILE}."
             )
-        manifest = _manifest(job, done, skipped)
+        manifest = _manifest(job, done, skipped) | {"sources": report["sources"]}
+        manifest["counts"] = {"records": num_records, **manifest["counts"]}
         write_card(job.folder, manifest)
         write_json(job.folder / MANIFEST_FILE, manifest)
     return manifest
 
 
-def _skipped(job: Job, done: Sequence[Mapping[str, Any]]) -> list[dict]:
-    order = {source: number for number, source in enumerate(job.image_folders)}
+def _skipped(job: Job, selection: Selection, done: Sequence[Mapping[str, Any]]) -> list[dict]:
+    order = {source: number for number, source in enumerate(job.samples.sources)}
     kinds = {maker.kind: number for number, maker in enumerate(job.makers)}
-    skipped = [{"source": "", **asdict(skip)} for skip in job.skipped]
+    skipped = [asdict(skip) for skip in selection.skipped]
     skipped += [skip for each in done for skip in each["skipped"]]
     return sorted(skipped, key=lambda skip: (order[skip["source"]], skip["record"], kinds.get(skip.get("kind"), -1)))
 
@@ -58,13 +66,12 @@ def _manifest(job: Job, done: Sequence[Mapping[str, Any]], skipped: Sequence[dic
     return {
         "settings": {name: value for name, value in settings.items() if setting_owner(name) in {*asked, "model"}},
         "filters": asdict(job.filters),
-        "embed_images": job.embed_images,
+        "embed_images": any(each["embedded"] for each in done),
         "rows_per_part": job.rows_per_part,
         **job.selection,
-        "annotations": fingerprint(job.samples),
-        "image_folders": dict(job.image_folders),
+        "annotations": fingerprint(each["result"] for each in done),
+        "image_folders": job.image_folders,
         "counts": {
-            "records": job.num_records,
             "pairs": sum(each["rows"] for each in done),
             "skipped": len(skipped),
             "rejected_truncated": sum(each["rejected_truncated"] for each in done),

@@ -1,6 +1,7 @@
 """All that decides what a run writes, and its claim on the folder that it writes to."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,8 +11,9 @@ from bpo_fast.answers.given import GivenModel
 from bpo_fast.bootstrap.filters import FilterOptions
 from bpo_fast.bootstrap.kept import set_aside
 from bpo_fast.bootstrap.maker import Maker
-from bpo_fast.bootstrap.parts import DATA_FOLDER, PARTS_FOLDER, Part, cut, layout, made_key
-from bpo_fast.data.annotations import Annotation, Skip
+from bpo_fast.bootstrap.parts import DATA_FOLDER, PARTS_FOLDER, Part, cut
+from bpo_fast.data.annotations import Annotation
+from bpo_fast.data.mixture import Samples
 from bpo_fast.data.pairs import CARD_FILE, MANIFEST_FILE, METADATA_FILE
 from bpo_fast.runs.files import write_json
 from bpo_fast.runs.fingerprint import fingerprint
@@ -24,10 +26,7 @@ class Job:
 
     Attributes:
         folder: of the run.
-        samples: those that are selected, in the order of their records.
-        skipped: the records that cannot be used.
-        num_records: all that were read.
-        image_folders: source -> folder that its image paths start from.
+        samples: those that are selected.
         makers: the kinds, each at most once, in the order of their table.
         given: the model.
         batch_size: samples a batch. It decides nothing that is written.
@@ -38,10 +37,7 @@ class Job:
     """
 
     folder: Path
-    samples: Sequence[Annotation]
-    skipped: Sequence[Skip]
-    num_records: int
-    image_folders: Mapping[str, str]
+    samples: Samples
     makers: Sequence[Maker]
     given: GivenModel
     batch_size: int
@@ -53,22 +49,33 @@ class Job:
     @cached_property
     def parts(self) -> list[Part]:
         """What the run is cut into."""
-        return cut(self.folder, self.samples, self.rows_per_part)
+        return cut(self.folder, len(self.samples), self.rows_per_part)
 
     @cached_property
     def layout(self) -> str:
-        """See `parts.layout`."""
-        return layout(self.parts)
+        """Fingerprint of which sample lies in which part: journals of another layout are kept aside, see `kept.py`."""
+        return fingerprint(self.samples.sample_ids[part.start : part.stop].tolist() for part in self.parts)
+
+    @cached_property
+    def image_folders(self) -> dict[str, str | None]:
+        """Source -> the folder that its image paths start from."""
+        folders = {name: source.folder for name, source in self.samples.sources.items()}
+        return {name: None if folder is None else str(Path(folder).resolve()) for name, folder in folders.items()}
 
     @cached_property
     def purpose(self) -> str:
         """What processes that share the folder must have in common."""
-        answers = fingerprint(self.samples)
-        return fingerprint([self.layout, answers, self.settings(), self._writing(), dict(self.selection)])
+        lengths = self.samples.lengths.tolist()
+        return fingerprint([self.layout, lengths, self.settings(), self._writing(), dict(self.selection)])
 
     def _writing(self):
         """What decides how pairs are made of responses."""
-        return [asdict(self.filters), self.embed_images, dict(self.image_folders)]
+        return [asdict(self.filters), self.embed_images, self.image_folders]
+
+    @cached_property
+    def kind_settings(self) -> dict[str, dict[str, Any]]:
+        """Kind -> its settings."""
+        return {maker.kind: maker.settings() for maker in self.makers}
 
     def settings(self) -> dict[str, Any]:
         """What decides the responses: of each kind, under its name, and of the model where a kind needs one.
@@ -76,19 +83,33 @@ class Job:
         A model id has no commit before it has been downloaded.
         """
         model = self.given.settings() if any(maker.needs_model for maker in self.makers) else {}
-        kinds = {f"{maker.kind}.{name}": value for maker in self.makers for name, value in maker.settings().items()}
-        return {**model, **kinds}
+        kinds = self.kind_settings.items()
+        return {**model, **{f"{kind}.{name}": value for kind, own in kinds for name, value in own.items()}}
 
-    def keys(self, part: Part) -> Iterator[tuple[Annotation, Maker, str]]:
-        """Every sample of a part with every kind, and what its responses are known by."""
-        for maker in self.makers:
-            for sample in part.samples:
-                yield sample, maker, made_key(sample, maker, self.image_folders)
+    def samples_of(self, part: Part) -> list[Annotation]:
+        """The samples of a part."""
+        return self.samples.batch(part.start, part.stop)
+
+    def key(self, sample: Annotation, maker: Maker) -> str:
+        """What the responses of a kind to a sample are known by.
+
+        The sample's id and texts, its image by name and size of its file: whatever else changes in a file of
+        annotations leaves the responses as they are. The files of a large data set are not read again each time, and
+        an image inside a table is known by its name. The annotated answer counts where the responses are made of it.
+        """
+        folder = self.image_folders[sample.source]
+        try:
+            size = None if folder is None else os.stat(os.path.join(folder, sample.image)).st_size
+        except (OSError, ValueError):
+            size = None
+        asked = [sample.source, sample.id, sample.image, size, sample.history, sample.question]
+        return fingerprint([maker.kind, *asked, sample.answer if maker.needs_answer else None])
 
     def result(self, part: Part) -> str:
         """Fingerprint of all that decides what is written of a part."""
-        keys = [key for *_, key in self.keys(part)]
-        return fingerprint([part.shard.name, keys, [sample.answer for sample in part.samples], self._writing()])
+        samples = self.samples_of(part)
+        keys = [self.key(sample, maker) for maker in self.makers for sample in samples]
+        return fingerprint([part.shard.name, keys, [sample.answer for sample in samples], self._writing()])
 
     def check(self) -> dict | None:
         """What the folder's record of the run says, None if there is none yet.

@@ -1,19 +1,24 @@
 """Responses to rows of a shard, and what is left out of it with its reason."""
 
+import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from bpo_fast.bootstrap.filters import check
 from bpo_fast.bootstrap.job import Job
 from bpo_fast.bootstrap.maker import Made, Maker
-from bpo_fast.bootstrap.parts import Part
 from bpo_fast.data.annotations import Annotation
-from bpo_fast.data.images import image_path
 from bpo_fast.runs.files import json_text
 
 _DECODING = ("max_new_tokens", "do_sample", "temperature", "top_p")
+
+
+class Fault(str):
+    """Why a sample has no responses: its image cannot be read."""
+
+    __slots__ = ()
 
 
 @dataclass
@@ -23,19 +28,21 @@ class Outcome:
     Attributes:
         kinds, sources: pairs of each.
         rejected_truncated: pairs whose rejected response was cut at max_new_tokens.
+        embedded: pairs whose image is in the shard.
         skipped: a record for each response that makes no pair.
     """
 
     kinds: Counter = field(default_factory=Counter)
     sources: Counter = field(default_factory=Counter)
     rejected_truncated: int = 0
+    embedded: int = 0
     skipped: list[dict] = field(default_factory=list)
 
 
 def part_rows(
     job: Job,
-    part: Part,
-    found: Mapping[tuple[Annotation, str], list[Made] | str],
+    samples: Sequence[Annotation],
+    found: Mapping[tuple[int, str], list[Made] | Fault],
     settings: Mapping[str, Any],
     outcome: Outcome,
 ) -> Iterator[dict[str, Any]]:
@@ -43,17 +50,17 @@ def part_rows(
 
     Args:
         job: of the run.
-        part: of it.
-        found: (sample, kind) -> its responses, or why there are none.
+        samples: of the part.
+        found: (sample's id, kind) -> its responses, or why there are none.
         settings: those that the folder keeps.
         outcome: is told of each response.
     """
-    provenance = {maker.kind: _provenance(maker, settings) for maker in job.makers}
-    for sample in part.samples:
+    provenance = {maker.kind: _provenance(job, maker, settings) for maker in job.makers}
+    for sample in samples:
         for maker in job.makers:
-            responses = found[sample, maker.kind]
-            if isinstance(responses, str):
-                outcome.skipped.append(_skip(sample, maker.kind, "", responses))
+            responses = found[sample.sample_id, maker.kind]
+            if isinstance(responses, Fault):
+                outcome.skipped.append(_skip(sample, maker.kind, "", responses, "an image that cannot be read"))
                 continue
             if not responses:
                 outcome.skipped.append(_skip(sample, maker.kind, "", "no response of this kind"))
@@ -64,13 +71,14 @@ def part_rows(
                 outcome.kinds[maker.kind] += 1
                 outcome.sources[sample.source] += 1
                 outcome.rejected_truncated += made.truncated
+                outcome.embedded += _embeds(job, sample)
                 yield _row(sample, made, job) | {"rejected_type": maker.kind, **provenance[maker.kind]}
 
 
 def _row(sample: Annotation, made: Made, job: Job) -> dict[str, Any]:
     details = dict(made.details)
     return {
-        "images": [image_path(job.image_folders[sample.source], sample.image).resolve()],
+        "images": [_image(job, sample)],
         "prompt": sample.prompt,
         "chosen": _answer(sample.answer if made.chosen is None else made.chosen),
         "rejected": None if made.rejected is None else _answer(made.rejected),
@@ -84,18 +92,29 @@ def _row(sample: Annotation, made: Made, job: Job) -> dict[str, Any]:
     }
 
 
+def _embeds(job, sample):
+    return job.embed_images or job.samples.image_file(sample) is None
+
+
+def _image(job, sample):
+    """The image as its column has it: by absolute path, or as the content of its file."""
+    if _embeds(job, sample):
+        return {"bytes": job.samples.image_bytes(sample), "path": os.path.basename(sample.image)}
+    return {"bytes": None, "path": os.path.abspath(job.samples.image_file(sample))}
+
+
 def _answer(text):
     return [{"role": "assistant", "content": [{"type": "text", "text": text}]}]
 
 
-def _provenance(maker: Maker, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _provenance(job: Job, maker: Maker, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What the pairs of a kind have in common."""
-    own = maker.settings()
-    model = own.get("model")
+    own = job.kind_settings[maker.kind]
+    model = own.get("server_model")
     if maker.needs_model:
         parts = [settings[name]["weights"] for name in ("model", "adapter") if settings[name] is not None]
         model = " with adapter ".join(parts)
-    decoding = {name: own[name] for name in _DECODING if name in own}
+    decoding = own.get("decoding") or {name: own[name] for name in _DECODING if name in own}
     return {
         "seed": own.get("seed"),
         "schedule": own.get("schedule"),
@@ -105,7 +124,7 @@ def _provenance(maker: Maker, settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _skip(sample, kind, variant, reason):
+def _skip(sample, kind, variant, reason, cause=None):
     return {
         "source": sample.source,
         "record": sample.record,
@@ -113,5 +132,5 @@ def _skip(sample, kind, variant, reason):
         "kind": kind,
         "variant": variant,
         "reason": reason,
-        "cause": reason.partition(":")[0],
+        "cause": cause or reason.partition(":")[0],
     }

@@ -20,12 +20,13 @@ from bpo_fast.bootstrap.finish import finish
 from bpo_fast.bootstrap.image_weakened import ImageWeakened
 from bpo_fast.bootstrap.job import Job
 from bpo_fast.bootstrap.kinds import KINDS
-from bpo_fast.bootstrap.maker import Maker, check_seed, draw
+from bpo_fast.bootstrap.maker import Maker, check_seed
 from bpo_fast.bootstrap.progress import Progress
 from bpo_fast.bootstrap.self_generated import SelfGenerated
 from bpo_fast.bootstrap.work import Worker
-from bpo_fast.data.annotations import read_annotations
+from bpo_fast.data.mixture import read_sources
 from bpo_fast.data.pairs import MANIFEST_FILE, load_preference_dataset
+from bpo_fast.data.sources import Source
 from bpo_fast.ops.noise.schedule import NoiseSchedule
 from bpo_fast.runs.folder import shared_folder
 
@@ -33,8 +34,8 @@ from bpo_fast.runs.folder import shared_folder
 def bootstrap(
     model,
     processor,
-    annotations: str | os.PathLike | list,
-    image_folder: str | os.PathLike,
+    annotations: str | os.PathLike | list | None,
+    image_folder: str | os.PathLike | None,
     output_dir: str | os.PathLike,
     *,
     noise_target: str = "features",
@@ -50,6 +51,7 @@ def bootstrap(
     max_samples: int | None = None,
     adapter: str | os.PathLike | None = None,
     model_init_kwargs: dict | None = None,
+    sources: Sequence[Source] | None = None,
     kinds: Sequence[Maker] | None = None,
     filters: FilterOptions | None = None,
     rows_per_part: int = 1024,
@@ -86,6 +88,7 @@ def bootstrap(
         adapter: path of the LoRA adapter that `model` carries, or gets where `model` is a path. The weights of model
             and adapter are kept in the settings, so that responses of one are not taken for another's.
         model_init_kwargs: further arguments of `bpo_fast.models.load.load_model` where `model` is a path.
+        sources: several annotated data sets, in place of `annotations` and `image_folder`, which are None then.
         kinds: of negatives, each with its options, in place of the one that the noise and decoding describe.
         filters: further reasons to leave a pair out, see `bpo_fast.bootstrap.filters`; None takes the default ones.
         rows_per_part: annotations that one process takes at a time, and that one shard holds.
@@ -120,16 +123,18 @@ def bootstrap(
         else:
             kinds = [ImageWeakened(noise_target, noise_step, schedule, seed, decoding)]
     filters = replace(filters or FilterOptions(), max_response_words=max_response_words)
-    samples, skipped = read_annotations(annotations, image_folder, max_response_words=max_response_words)
-    num_records = len(samples) + len(skipped)
-    samples.sort(key=lambda sample: (draw(seed, sample), sample.record))
-    samples = sorted(samples[:max_samples], key=lambda sample: sample.record)
+    if sources is None:
+        sources = [Source(name="", annotations=annotations, image_folder=image_folder)]
+    elif annotations is not None or image_folder is not None:
+        raise ValueError(
+            "sources: found some beside annotations or image_folder, expected one of both; leave one out."
+        )
+    selection = read_sources(
+        sources, seed=seed, max_samples=max_samples, max_response_words=filters.max_response_words
+    )
     job = Job(
         folder=Path(output_dir),
-        samples=samples,
-        skipped=skipped,
-        num_records=num_records,
-        image_folders={"": str(Path(image_folder).resolve())},
+        samples=selection.samples,
         makers=_in_order(kinds),
         given=GivenModel(model, processor, adapter, _on_own_device(model_init_kwargs or {})),
         batch_size=batch_size,
@@ -142,9 +147,9 @@ def bootstrap(
     with shared_folder(output_dir, job.purpose):
         job.check()
         was_whole = (job.folder / MANIFEST_FILE).exists()
-        with Progress(len(samples) * len(job.makers)) as progress, Worker(job, progress) as worker:
+        with Progress(len(job.samples) * len(job.makers)) as progress, Worker(job, progress) as worker:
             worker.make_all(job.parts)
-        manifest = finish(job)
+        manifest = finish(job, selection)
         if was_whole and not worker.has_written:
             print(
                 f"{job.folder}: finished already, its {manifest['counts']['pairs']:,} pairs are there.",

@@ -14,13 +14,15 @@ from bpo_fast.bootstrap.kept import FIELDS, Kept
 from bpo_fast.bootstrap.maker import Made, Maker
 from bpo_fast.bootstrap.parts import Part
 from bpo_fast.bootstrap.progress import Progress
-from bpo_fast.bootstrap.rows import Outcome, part_rows
+from bpo_fast.bootstrap.rows import Fault, Outcome, part_rows
 from bpo_fast.data.annotations import Annotation
 from bpo_fast.data.parquet import write_shard
 from bpo_fast.runs.files import read_json, write_json
 from bpo_fast.runs.folder import held
 from bpo_fast.runs.journal import Journal
 
+# Samples in a batch of a kind that asks no model: of a server, which answers many at a time.
+WITHOUT_MODEL = 64
 # Seconds between two looks at the parts that other processes work on.
 POLL = 1.0
 
@@ -67,7 +69,7 @@ class Worker:
         Returns:
             Whether the part is done.
         """
-        responses = len(part.samples) * len(self._job.makers)
+        responses = part.size * len(self._job.makers)
         if self._is_done(part):
             self._progress.known(responses)
             return True
@@ -93,21 +95,39 @@ class Worker:
         kept = self._job.check()
         if kept is not None and kept.get("layout") != self._job.layout:
             self._begin()  # before a journal is opened that this sets aside
+        samples = self._job.samples_of(part)
         with Journal(part.journal, FIELDS) as journal:
-            faults: dict[str, str] = {}
+            found = {}
             for maker in self._job.makers:
-                self._make_kind(part, maker, journal, faults)
+                for sample, made in zip(samples, self._made(samples, maker, journal), strict=True):
+                    found[sample.sample_id, maker.kind] = made
             self._begin()
-            self._write(part, journal, faults)
+        outcome = Outcome()
+        rows = part_rows(self._job, samples, found, self._settings, outcome)
+        shard = write_shard(part.shard, rows)
+        write_json(part.done, {"result": self._result(part), **asdict(shard), **vars(outcome)})
 
-    def _make_kind(self, part: Part, maker: Maker, journal: Journal, faults: dict[str, str]) -> None:
-        keys = {key: sample for sample, each, key in self._job.keys(part) if each is maker}
-        missing = {key: sample for key, sample in keys.items() if self._record(key, journal) is None}
-        self._progress.known(len(part.samples) - len(missing))
+    def _made(self, samples: Sequence[Annotation], maker: Maker, journal: Journal) -> list[list[Made] | Fault]:
+        """The responses of a kind to each sample, or why there are none; those that are missing are made now."""
+        keys = [self._job.key(sample, maker) for sample in samples]
+        records = {key: self._record(key, journal) for key in keys}
+        missing = {key: sample for key, sample in zip(keys, samples, strict=True) if records[key] is None}
+        faults: dict[str, Fault] = {}
+        self._progress.known(len(samples) - len(missing))
+        self._make_missing(missing, maker, journal, faults)
+        records |= {key: journal.records.get(key) for key in missing}
+        return [
+            faults[key] if records[key] is None else [Made(**each) for each in records[key]["made"]] for key in keys
+        ]
+
+    def _make_missing(
+        self, missing: Mapping[str, Annotation], maker: Maker, journal: Journal, faults: dict[str, Fault]
+    ) -> None:
         # Answers of like length share a batch, the longest first: less waiting for one long answer, and a batch too
         # large for the memory fails at once and not after hours.
         items = sorted(missing.items(), key=lambda item: -len(item[1].answer))
-        for batch in self._readable(items, faults):
+        size = self._job.batch_size if maker.needs_model else max(self._job.batch_size, WITHOUT_MODEL)
+        for batch in self._readable(items, size, faults):
             keys, samples, images = zip(*batch, strict=True)
             model, processor = self._ready(maker)
             self._begin()
@@ -122,15 +142,13 @@ class Worker:
             self._progress.made(len(batch), self._tokens(made))
 
     def _readable(
-        self, items: Sequence[tuple[str, Annotation]], faults: dict[str, str]
+        self, items: Sequence[tuple[str, Annotation]], size: int, faults: dict[str, Fault]
     ) -> Iterator[list[tuple[str, Annotation, Image.Image]]]:
         """Batches of those whose image can be read; `faults` gets what is wrong with the others'."""
-        folders, size = self._job.image_folders, self._job.batch_size
-        names = ((folders[sample.source], sample.image) for _, sample in items)
-        batch = []
-        for (key, sample), image in zip(items, read_ahead(names, 2 * size), strict=True):
+        files, batch = (self._image(sample) for _, sample in items), []
+        for (key, sample), image in zip(items, read_ahead(files, 2 * size), strict=True):
             if isinstance(image, ValueError):
-                faults[key] = str(image)
+                faults[key] = Fault(str(image))
                 self._progress.known(1)
                 continue
             batch.append((key, sample, image))
@@ -139,6 +157,13 @@ class Worker:
                 batch = []
         if batch:
             yield batch
+
+    def _image(self, sample):
+        try:
+            path = self._job.samples.image_file(sample)
+            return self._job.samples.image_bytes(sample) if path is None else path
+        except ValueError as error:
+            return error
 
     def _record(self, key, journal):
         return journal.records.get(key) or self._kept.get(key)
@@ -164,16 +189,6 @@ class Worker:
             return 0
         texts = [each.rejected for responses in made for each in responses if each.rejected]
         return sum(map(len, self._model[1].tokenizer(texts)["input_ids"])) if texts else 0
-
-    def _write(self, part: Part, journal: Journal, faults: Mapping[str, str]) -> None:
-        found = {}
-        for sample, maker, key in self._job.keys(part):
-            record = self._record(key, journal)
-            found[sample, maker.kind] = faults[key] if record is None else [Made(**each) for each in record["made"]]
-        outcome = Outcome()
-        rows = part_rows(self._job, part, found, self._settings, outcome)
-        shard = write_shard(part.shard, rows, embed_images=self._job.embed_images)
-        write_json(part.done, {"result": self._result(part), **asdict(shard), **vars(outcome)})
 
 
 def read_done(part: Part) -> dict[str, Any] | None:

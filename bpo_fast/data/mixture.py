@@ -252,7 +252,7 @@ def _drawn(source, seed, max_response_words, skipped):
     """The numbers of a source's samples in the order of their draw, as many as it wants, and its counts."""
     arrays, records, first = _read(source, seed, max_response_words, skipped)
     if not len(arrays["place"]):
-        raise ValueError(f"source '{source.name}': {no_usable_record(records, first)}")
+        raise ValueError(f"{source.title}: {no_usable_record(records, first)}")
     order = np.argsort(arrays.pop("draw"), kind="stable")
     # Repeats share an id, and so their draw; the order of the file is kept among them.
     ids = arrays["sample_id"][order]
@@ -273,7 +273,7 @@ def _read(source, seed, max_response_words, skipped):
     """The numbers of all samples that can be used, how many records there are, and the first that was left out."""
     opened, kept = source.open(), {name: array(code) for name, code in _KEPT.items()}
     number, first = 0, None
-    with tqdm(total=opened.size, desc=f"reading {source.name}", unit_scale=True, disable=None) as bar:
+    with tqdm(total=opened.size, desc=f"reading {source.name}".strip(), unit_scale=True, disable=None) as bar:
         for number, (place, record) in enumerate(opened, start=1):
             for turn, found in enumerate(source.samples_of(record, number - 1, max_response_words)):
                 if isinstance(found, Skip):

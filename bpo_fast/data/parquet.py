@@ -45,8 +45,8 @@ FEATURES = Features(
         "details": Value("string"),  # JSON: whatever else the kind says of this response
     }
 )
-# Rows that are in memory at a time. With images inside, also what a reader must read for one of them.
-_GROUP_ROWS, _GROUP_ROWS_EMBEDDED = 1000, 100
+# Rows that are in memory at a time, and that a reader reads for one of them: with images inside, some 10 MB.
+_GROUP_ROWS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,24 +64,22 @@ class Shard:
     sha256: str
 
 
-def write_shard(path: str | os.PathLike, rows: Iterable[dict], *, embed_images: bool = False) -> Shard:
+def write_shard(path: str | os.PathLike, rows: Iterable[dict]) -> Shard:
     """Write rows with the columns of `FEATURES` as one Parquet file, whole or not at all.
 
     Args:
         path: of the file.
-        rows: `images` as a list of paths; a column that a row lacks is null there.
-        embed_images: put the images' files into the shard as they are, in place of their paths.
+        rows: `images` as {bytes, path}, one of them null; a column that a row lacks is null there.
     """
-    schema, size, count = FEATURES.arrow_schema, _GROUP_ROWS_EMBEDDED if embed_images else _GROUP_ROWS, 0
+    schema, count = FEATURES.arrow_schema, 0
     with replacing(path, binary=True) as file:
         hashed = _Hashed(file)
         options = {"compression": "zstd", "compression_level": 3, "write_page_checksum": True, "version": "2.6"}
         with pq.ParquetWriter(hashed, schema, **options) as writer:
             rows = iter(rows)
-            while group := list(islice(rows, size)):
+            while group := list(islice(rows, _GROUP_ROWS)):
                 columns = {name: [row.get(name) for row in group] for name in schema.names}
-                columns["images"] = [[_image(path, embed_images) for path in row["images"]] for row in group]
-                writer.write_table(pa.table(columns, schema=schema), row_group_size=size)
+                writer.write_table(pa.table(columns, schema=schema), row_group_size=_GROUP_ROWS)
                 count += len(group)
         return Shard(count, hashed.size, hashed.digest.hexdigest())
 
@@ -125,10 +123,6 @@ def _damaged(path, found):
         f"{path}: found {found}, expected the shard that the manifest lists; delete it, and the same bootstrap "
         "command writes it again."
     )
-
-
-def _image(path, embed):
-    return {"bytes": Path(path).read_bytes(), "path": Path(path).name} if embed else {"bytes": None, "path": str(path)}
 
 
 class _Hashed(io.RawIOBase):

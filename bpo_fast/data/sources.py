@@ -33,7 +33,7 @@ class Source:
     """One entry of a recipe's `sources`.
 
     Attributes:
-        name: of the source, in every sample, pair and count.
+        name: of the source, in every sample, pair and count; empty for one that is alone.
         annotations: a JSON or JSON-lines file; a Parquet or Arrow file, a folder of them, a folder of `save_to_disk`
             or a data set of the Hub; or a list of records.
         image_folder: folder that the image paths start from; by default the one the annotations lie in.
@@ -59,7 +59,7 @@ class Source:
     subset: str | None = None
 
     def __post_init__(self):
-        if not is_text(self.name) or not self.name.strip():
+        if not is_text(self.name) or (self.name and not self.name.strip()):
             raise ValueError(f"source, name: found {shown(self.name)}, expected a text.")
         try:
             self._check()
@@ -85,6 +85,13 @@ class Source:
     def keys(self) -> Columns:
         """Where its records keep what."""
         return Columns(**self.columns)
+
+    @property
+    def title(self) -> str:
+        """What an error calls it."""
+        if self.name:
+            return f"source '{self.name}'"
+        return "annotations" if isinstance(self.annotations, list) else str(self.annotations)
 
     @cached_property
     def folder(self) -> str | os.PathLike | None:
