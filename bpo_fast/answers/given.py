@@ -78,10 +78,16 @@ class GivenModel:
             "quantization": None if quantization is None else str(quantization),
         }
 
+    def load_processor(self) -> Any:
+        """The processor alone."""
+        path = str(self.model) if self.is_path else self.model.name_or_path
+        return self.processor or load_processor(
+            path, trust_remote_code=bool(self.init_kwargs.get("trust_remote_code"))
+        )
+
     def load(self) -> tuple[Any, Any]:
         """The model and its processor."""
         path = str(self.model) if self.is_path else self.model.name_or_path
-        trust = bool(self.init_kwargs.get("trust_remote_code"))
-        processor = self.processor or load_processor(path, trust_remote_code=trust)
+        processor = self.load_processor()
         model = load_model(path, adapter=self.adapter, **self.init_kwargs) if self.is_path else self.model
         return model, processor

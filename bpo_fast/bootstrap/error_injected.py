@@ -99,6 +99,10 @@ class ErrorInjected:
                 "positions; give a template with fewer examples."
             )
 
+    def asks(self, sample: Annotation) -> list[str]:
+        """See `Maker.asks`: the template filled in, for each of `errors`."""
+        return [self._template.ask(error, sample.question, sample.answer) for error in self.errors_of(sample)]
+
     def make(
         self, model: Any, processor: Any, samples: Sequence[Annotation], images: Sequence[Image.Image | None]
     ) -> list[list[Made]]:

@@ -15,6 +15,7 @@ from bpo_fast.answers.plain import equal_logits, next_logits
 from bpo_fast.answers.prompts import Prompts, trial_images
 from bpo_fast.bootstrap.maker import Made, check_seed, draw
 from bpo_fast.data.annotations import Annotation
+from bpo_fast.models.conversation import Messages
 from bpo_fast.models.load import base_model
 from bpo_fast.models.weaken import TARGETS, resolve_schedule
 from bpo_fast.models.weakened_features import ImageNoise
@@ -92,6 +93,9 @@ class ImageWeakened:
                 f"on its {self.target}, expected that to be the image's only way to the language model; set "
                 "noise_target to 'pixels'."
             )
+
+    def asks(self, sample: Annotation) -> list[Messages]:
+        return [sample.prompt for _ in self.steps]
 
     def make(
         self, model: Any, processor: Any, samples: Sequence[Annotation], images: Sequence[Image.Image]

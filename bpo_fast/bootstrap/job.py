@@ -33,6 +33,7 @@ class Job:
         rows_per_part: samples a part.
         filters: what pairs are left out.
         embed_images: shards hold the images themselves.
+        score_pairs: the model's log-probs of both responses are written.
         selection: how the samples were selected, for the manifest.
     """
 
@@ -44,6 +45,7 @@ class Job:
     rows_per_part: int
     filters: FilterOptions
     embed_images: bool
+    score_pairs: bool
     selection: Mapping[str, Any]
 
     @cached_property
@@ -70,7 +72,7 @@ class Job:
 
     def _writing(self):
         """What decides how pairs are made of responses."""
-        return [asdict(self.filters), self.embed_images, self.image_folders]
+        return [asdict(self.filters), self.embed_images, self.score_pairs, self.image_folders]
 
     @cached_property
     def kind_settings(self) -> dict[str, dict[str, Any]]:
@@ -82,7 +84,8 @@ class Job:
 
         A model id has no commit before it has been downloaded.
         """
-        model = self.given.settings() if any(maker.needs_model for maker in self.makers) else {}
+        needs_model = self.score_pairs or any(maker.needs_model for maker in self.makers)
+        model = self.given.settings() if needs_model else {}
         kinds = self.kind_settings.items()
         return {**model, **{f"{kind}.{name}": value for kind, own in kinds for name, value in own.items()}}
 

@@ -25,6 +25,7 @@ from bpo_fast.bootstrap.filters import FilterOptions, check, normalised, similar
 from bpo_fast.bootstrap.maker import Made, check_seed, draw
 from bpo_fast.data.annotations import Annotation
 from bpo_fast.models.clip import load_clip
+from bpo_fast.models.conversation import Messages
 from bpo_fast.models.prompt import render
 from bpo_fast.models.weights import weights_fingerprint
 from bpo_fast.runs.numbers import NOT_NEGATIVE, Range, check_numbers
@@ -149,6 +150,9 @@ class M3PO:
         load_clip(str(self.alignment_model), model.device).alignments(image, ["A black square."])
         check_processor(model, processor, image)
         check_scoring(model, processor)
+
+    def asks(self, sample: Annotation) -> list[Messages]:
+        return [sample.prompt]
 
     def make(
         self, model: Any, processor: Any, samples: Sequence[Annotation], images: Sequence[Image.Image]

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from bpo_fast.data.annotations import Annotation, draw
+from bpo_fast.models.conversation import Messages
 from bpo_fast.ops.checks import is_int
 
 __all__ = ["Made", "Maker", "check_seed", "draw"]
@@ -65,6 +66,9 @@ class Maker(Protocol):
         Raises:
             ValueError: with what the model lacks.
         """
+
+    def asks(self, sample: Annotation) -> list[str | Messages]:
+        """What a model is asked about a sample, a prompt a request; with its image where `needs_images` is True."""
 
     def make(
         self, model: Any, processor: Any, samples: Sequence[Annotation], images: Sequence[Image.Image | None]

@@ -6,11 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from bpo_fast.answers.score import Score
 from bpo_fast.bootstrap.filters import check
 from bpo_fast.bootstrap.job import Job
 from bpo_fast.bootstrap.maker import Made, Maker
 from bpo_fast.data.annotations import Annotation
 from bpo_fast.runs.files import json_text
+from bpo_fast.runs.fingerprint import fingerprint
 
 _DECODING = ("max_new_tokens", "do_sample", "temperature", "top_p")
 
@@ -43,6 +45,7 @@ def part_rows(
     job: Job,
     samples: Sequence[Annotation],
     found: Mapping[tuple[int, str], list[Made] | Fault],
+    scores: Mapping[str, tuple[Score, Score]],
     settings: Mapping[str, Any],
     outcome: Outcome,
 ) -> Iterator[dict[str, Any]]:
@@ -52,6 +55,7 @@ def part_rows(
         job: of the run.
         samples: of the part.
         found: (sample's id, kind) -> its responses, or why there are none.
+        scores: `score_key` of a pair -> log-probs of chosen and rejected, where they were asked for.
         settings: those that the folder keeps.
         outcome: is told of each response.
     """
@@ -65,23 +69,37 @@ def part_rows(
             if not responses:
                 outcome.skipped.append(_skip(sample, maker.kind, "", "no response of this kind"))
             for made in responses:
-                if reason := check(sample, made, job.filters):
+                reason, pair = check(sample, made, job.filters), scores.get(score_key(sample, made))
+                if pair is not None and not reason:
+                    reason = check(sample, made, job.filters, scores=pair)
+                if reason:
                     outcome.skipped.append(_skip(sample, maker.kind, made.variant, reason))
                     continue
                 outcome.kinds[maker.kind] += 1
                 outcome.sources[sample.source] += 1
                 outcome.rejected_truncated += made.truncated
                 outcome.embedded += _embeds(job, sample)
-                yield _row(sample, made, job) | {"rejected_type": maker.kind, **provenance[maker.kind]}
+                logps = {} if pair is None else {"chosen_logp": pair[0].logp, "rejected_logp": pair[1].logp}
+                yield _row(sample, made, job) | logps | {"rejected_type": maker.kind, **provenance[maker.kind]}
+
+
+def texts_of(sample: Annotation, made: Made) -> tuple[str, str | None]:
+    """Chosen and rejected response of a pair."""
+    return (sample.answer if made.chosen is None else made.chosen), made.rejected
+
+
+def score_key(sample: Annotation, made: Made) -> str:
+    """What the log-probs of a pair are known by: its prompt, its image by name, its responses."""
+    return fingerprint(["score", sample.sample_id, *texts_of(sample, made)])
 
 
 def _row(sample: Annotation, made: Made, job: Job) -> dict[str, Any]:
-    details = dict(made.details)
+    details, (chosen, rejected) = dict(made.details), texts_of(sample, made)
     return {
         "images": [_image(job, sample)],
         "prompt": sample.prompt,
-        "chosen": _answer(sample.answer if made.chosen is None else made.chosen),
-        "rejected": None if made.rejected is None else _answer(made.rejected),
+        "chosen": _answer(chosen),
+        "rejected": None if rejected is None else _answer(rejected),
         "variant": made.variant,
         "rejected_truncated": made.truncated,
         "source": sample.source,

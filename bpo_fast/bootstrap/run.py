@@ -15,12 +15,14 @@ from datasets import Dataset
 
 from bpo_fast.answers.given import GivenModel
 from bpo_fast.answers.sampling import GenerationSettings, check_count
+from bpo_fast.bootstrap.cluster import make_on_cluster
 from bpo_fast.bootstrap.filters import FilterOptions
 from bpo_fast.bootstrap.finish import finish
 from bpo_fast.bootstrap.image_weakened import ImageWeakened
 from bpo_fast.bootstrap.job import Job
 from bpo_fast.bootstrap.kinds import KINDS
 from bpo_fast.bootstrap.maker import Maker, check_seed
+from bpo_fast.bootstrap.preview import check_disk, disk_forecast, first_requests
 from bpo_fast.bootstrap.progress import Progress
 from bpo_fast.bootstrap.self_generated import SelfGenerated
 from bpo_fast.bootstrap.work import Worker
@@ -29,6 +31,7 @@ from bpo_fast.data.pairs import MANIFEST_FILE, load_preference_dataset
 from bpo_fast.data.sources import Source
 from bpo_fast.ops.noise.schedule import NoiseSchedule
 from bpo_fast.runs.folder import shared_folder
+from bpo_fast.runs.tensor_cache import size
 
 
 def bootstrap(
@@ -54,9 +57,15 @@ def bootstrap(
     sources: Sequence[Source] | None = None,
     kinds: Sequence[Maker] | None = None,
     filters: FilterOptions | None = None,
-    rows_per_part: int = 1024,
+    score_pairs: bool = False,
     embed_images: bool = False,
-) -> Dataset:
+    rows_per_part: int = 1024,
+    num_shards: int | None = None,
+    shard_index: int | None = None,
+    ray: str | None = None,
+    ray_workers: int | None = None,
+    dry_run: bool = False,
+) -> Dataset | None:
     """Make preference pairs from annotated images.
 
     Writes into `output_dir`: `data/*.parquet` (the pairs), `README.md` (the data set's card: `datasets.load_dataset`
@@ -91,12 +100,19 @@ def bootstrap(
         sources: several annotated data sets, in place of `annotations` and `image_folder`, which are None then.
         kinds: of negatives, each with its options, in place of the one that the noise and decoding describe.
         filters: further reasons to leave a pair out, see `bpo_fast.bootstrap.filters`; None takes the default ones.
-        rows_per_part: annotations that one process takes at a time, and that one shard holds.
+        score_pairs: write the model's log-probs of chosen and rejected responses, and ask the filter of their gap.
         embed_images: put the images' files into the shards, in place of their paths.
+        rows_per_part: annotations that one process takes at a time, and that one shard holds.
+        num_shards, shard_index: work on every `num_shards`-th part only, from number `shard_index` on, and do not
+            wait for the others.
+        ray: make the parts on the Ray cluster of this address, see `bpo_fast.bootstrap.cluster`.
+        ray_workers: processes of that; None takes one a GPU, or one a CPU where there is no GPU.
+        dry_run: print the first prompts and images of each kind and how much disk the run will take; weights are not
+            read, and nothing is written.
 
     Returns:
         The pairs as `load_preference_dataset(output_dir)` gives them, with the columns of
-        `bpo_fast.data.parquet.FEATURES`.
+        `bpo_fast.data.parquet.FEATURES`; None for a dry run, or where another shard has parts left.
 
     Raises:
         FileNotFoundError: annotations or image folder do not exist.
@@ -122,6 +138,8 @@ def bootstrap(
             kinds = [SelfGenerated(seed, decoding)]
         else:
             kinds = [ImageWeakened(noise_target, noise_step, schedule, seed, decoding)]
+    if filters and filters.min_logp_gap is not None and not score_pairs:
+        raise ValueError("min_logp_gap: found it without score_pairs, expected both; set score_pairs.")
     filters = replace(filters or FilterOptions(), max_response_words=max_response_words)
     if sources is None:
         sources = [Source(name="", annotations=annotations, image_folder=image_folder)]
@@ -141,16 +159,34 @@ def bootstrap(
         rows_per_part=rows_per_part,
         filters=filters,
         embed_images=embed_images,
+        score_pairs=score_pairs,
         selection={"max_samples": max_samples, "seed": seed},
     )
+    parts = job.parts
+    if num_shards is not None:
+        if shard_index is None or not 0 <= shard_index < num_shards:
+            raise ValueError(f"shard_index: found {shard_index}, expected a number from 0 to {num_shards - 1}.")
+        parts = parts[shard_index::num_shards]
     job.given.check()
+    if dry_run:
+        print(first_requests(job), f"disk: {size(disk_forecast(job))} in {job.folder}", sep="\n")
+        return None
+    check_disk(job)
     with shared_folder(output_dir, job.purpose):
         job.check()
         was_whole = (job.folder / MANIFEST_FILE).exists()
         with Progress(len(job.samples) * len(job.makers)) as progress, Worker(job, progress) as worker:
-            worker.make_all(job.parts)
+            if ray is None:
+                worker.make_all(parts)
+            else:
+                missing = [part for part in parts if not worker.is_done(part)]
+                progress.known((len(parts) - len(missing)) * rows_per_part * len(job.makers))
+                make_on_cluster(job, missing, progress, ray, ray_workers)
+            if not all(map(worker.is_done, job.parts)):
+                return None
+        was_whole = was_whole and (job.folder / MANIFEST_FILE).exists()
         manifest = finish(job, selection)
-        if was_whole and not worker.has_written:
+        if was_whole:
             print(
                 f"{job.folder}: finished already, its {manifest['counts']['pairs']:,} pairs are there.",
                 file=sys.stderr,

@@ -9,6 +9,7 @@ from PIL import Image
 from bpo_fast.answers.generate import GenerationSettings, check_processor, generate
 from bpo_fast.bootstrap.maker import Made, check_seed, draw
 from bpo_fast.data.annotations import Annotation
+from bpo_fast.models.conversation import Messages
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class SelfGenerated:
 
     def check(self, model: Any, processor: Any) -> None:
         check_processor(model, processor, Image.new("RGB", (64, 64)))
+
+    def asks(self, sample: Annotation) -> list[Messages]:
+        return [sample.prompt]
 
     def make(
         self, model: Any, processor: Any, samples: Sequence[Annotation], images: Sequence[Image.Image]

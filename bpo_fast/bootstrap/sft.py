@@ -8,6 +8,7 @@ from PIL import Image
 
 from bpo_fast.bootstrap.maker import Made
 from bpo_fast.data.annotations import Annotation
+from bpo_fast.models.conversation import Messages
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,9 @@ class ChosenOnly:
 
     def check(self, model: Any, processor: Any) -> None:
         """Any model will do: none is asked."""
+
+    def asks(self, sample: Annotation) -> list[Messages]:
+        return []
 
     def make(
         self, model: Any, processor: Any, samples: Sequence[Annotation], images: Sequence[Image.Image | None]

@@ -4,17 +4,20 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from bpo_fast.answers.images import read_ahead
+from bpo_fast.answers.score import Score, score_answers
+from bpo_fast.bootstrap.filters import check
 from bpo_fast.bootstrap.job import Job
 from bpo_fast.bootstrap.kept import FIELDS, Kept
 from bpo_fast.bootstrap.maker import Made, Maker
 from bpo_fast.bootstrap.parts import Part
 from bpo_fast.bootstrap.progress import Progress
-from bpo_fast.bootstrap.rows import Fault, Outcome, part_rows
+from bpo_fast.bootstrap.rows import Fault, Outcome, part_rows, score_key, texts_of
 from bpo_fast.data.annotations import Annotation
 from bpo_fast.data.parquet import write_shard
 from bpo_fast.runs.files import read_json, write_json
@@ -47,11 +50,6 @@ class Worker:
         if self._model:
             self._model[0].train(self._was_training)
 
-    @property
-    def has_written(self) -> bool:
-        """Whether something was missing."""
-        return self._settings is not None
-
     def make_all(self, parts: Sequence[Part]) -> None:
         """Make every part that no other process makes, and wait for those that others do.
 
@@ -70,19 +68,20 @@ class Worker:
             Whether the part is done.
         """
         responses = part.size * len(self._job.makers)
-        if self._is_done(part):
+        if self.is_done(part):
             self._progress.known(responses)
             return True
         with held(part.lock, wait=False) as mine:
             if not mine:
                 return False
-            if self._is_done(part):  # by now
+            if self.is_done(part):  # by now
                 self._progress.known(responses)
             else:
                 self._make(part)
         return True
 
-    def _is_done(self, part):
+    def is_done(self, part: Part) -> bool:
+        """Whether a part's shard is there as it should be."""
         done = read_done(part)
         return done is not None and done["result"] == self._result(part)
 
@@ -101,9 +100,10 @@ class Worker:
             for maker in self._job.makers:
                 for sample, made in zip(samples, self._made(samples, maker, journal), strict=True):
                     found[sample.sample_id, maker.kind] = made
+            scores = self._scores(samples, found, journal) if self._job.score_pairs else {}
             self._begin()
         outcome = Outcome()
-        rows = part_rows(self._job, samples, found, self._settings, outcome)
+        rows = part_rows(self._job, samples, found, scores, self._settings, outcome)
         shard = write_shard(part.shard, rows)
         write_json(part.done, {"result": self._result(part), **asdict(shard), **vars(outcome)})
 
@@ -141,11 +141,40 @@ class Worker:
             )
             self._progress.made(len(batch), self._tokens(made))
 
+    def _scores(
+        self, samples: Sequence[Annotation], found: Mapping[tuple[int, str], Any], journal: Journal
+    ) -> dict[str, tuple[Score, Score]]:
+        """Score key -> log-probs of chosen and rejected, of the pairs whose texts no filter leaves out.
+
+        A pair is scored in a forward of its own, so that its bits depend on nothing else.
+        """
+        pairs = {
+            score_key(sample, made): (sample, made)
+            for sample in samples
+            for maker in self._job.makers
+            for made in found[sample.sample_id, maker.kind]
+            if isinstance(made, Made) and made.rejected is not None and not check(sample, made, self._job.filters)
+        }
+        records = {key: self._record(key, journal) for key in pairs}
+        missing = [(key, pair) for key, pair in pairs.items() if records[key] is None]
+        items = [(key, sample) for key, (sample, _) in missing]
+        for batch in self._readable(items, self._job.batch_size, {}):
+            model, processor = self._load()
+            self._begin()
+            made = []
+            for key, sample, image in batch:
+                chosen, rejected = texts_of(*pairs[key])
+                scores = score_answers(model, processor, image, sample.prompt, [chosen, rejected])
+                made.append({"key": key, "id": sample.id, "kind": "score", "made": [list(score) for score in scores]})
+            journal.append(made)
+        records |= {key: journal.records.get(key) for key, _ in missing}
+        return {key: tuple(Score(*score) for score in record["made"]) for key, record in records.items() if record}
+
     def _readable(
         self, items: Sequence[tuple[str, Annotation]], size: int, faults: dict[str, Fault]
     ) -> Iterator[list[tuple[str, Annotation, Image.Image]]]:
         """Batches of those whose image can be read; `faults` gets what is wrong with the others'."""
-        files, batch = (self._image(sample) for _, sample in items), []
+        files, batch = (image_of(self._job, sample) for _, sample in items), []
         for (key, sample), image in zip(items, read_ahead(files, 2 * size), strict=True):
             if isinstance(image, ValueError):
                 faults[key] = Fault(str(image))
@@ -158,27 +187,23 @@ class Worker:
         if batch:
             yield batch
 
-    def _image(self, sample):
-        try:
-            path = self._job.samples.image_file(sample)
-            return self._job.samples.image_bytes(sample) if path is None else path
-        except ValueError as error:
-            return error
-
     def _record(self, key, journal):
         return journal.records.get(key) or self._kept.get(key)
 
     def _ready(self, maker):
         """The model and processor for a kind, tried once; None each where it needs none."""
-        if maker.needs_model and self._model is None:
-            self._model = self._job.given.load()
-            self._was_training = self._model[0].training
-            self._model[0].eval()
-        found = self._model if maker.needs_model else (None, None)
+        found = self._load() if maker.needs_model else (None, None)
         if maker.kind not in self._tried:
             maker.check(*found)
             self._tried.add(maker.kind)
         return found
+
+    def _load(self):
+        if self._model is None:
+            self._model = self._job.given.load()
+            self._was_training = self._model[0].training
+            self._model[0].eval()
+        return self._model
 
     def _begin(self):
         if self._settings is None:
@@ -189,6 +214,15 @@ class Worker:
             return 0
         texts = [each.rejected for responses in made for each in responses if each.rejected]
         return sum(map(len, self._model[1].tokenizer(texts)["input_ids"])) if texts else 0
+
+
+def image_of(job: Job, sample: Annotation) -> Path | bytes | ValueError:
+    """Where the image of a sample is, or the content of its file, or why there is none."""
+    try:
+        path = job.samples.image_file(sample)
+        return job.samples.image_bytes(sample) if path is None else path
+    except ValueError as error:
+        return error
 
 
 def read_done(part: Part) -> dict[str, Any] | None:

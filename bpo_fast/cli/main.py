@@ -30,7 +30,7 @@ PLANNED_RECIPE = "llava15-13b-a40"
 @quiet()
 def bootstrap(argv: Sequence[str]) -> None:
     """Make preference pairs from annotated images."""
-    from bpo_fast.cli.options import BootstrapArguments
+    from bpo_fast.cli.bootstrap_options import BootstrapArguments
     from bpo_fast.cli.recipe import carried_options, parse_arguments
 
     (arguments,) = parse_arguments([BootstrapArguments], argv, command="bootstrap", description=bootstrap.__doc__)
@@ -38,9 +38,13 @@ def bootstrap(argv: Sequence[str]) -> None:
     from bpo_fast.data.pairs import MANIFEST_FILE, SKIPPED_FILE
     from bpo_fast.runs.files import read_json
 
-    load_options = arguments.load_options()
-    options = _without(asdict(arguments), "model_name_or_path", *load_options)
-    make_pairs(arguments.model_name_or_path, None, model_init_kwargs=load_options, **options)
+    options = {"model_init_kwargs": arguments.load_options(), **arguments.run_options()}
+    pairs = make_pairs(arguments.model_name_or_path, None, dry_run=arguments.dry_run, **options)
+    if arguments.dry_run:
+        return
+    if pairs is None:
+        print(f"The parts of this process are done in {arguments.output_dir}; others are not.")
+        return
     counts = read_json(Path(arguments.output_dir) / MANIFEST_FILE)["counts"]
     cut = counts["rejected_truncated"]
     cut = f"; {cut:,} rejected responses were cut at max_new_tokens" if cut else ""
@@ -49,6 +53,22 @@ def bootstrap(argv: Sequence[str]) -> None:
         f"{SKIPPED_FILE}{cut}).",
         _next("train", *carried_options(argv), "--dataset", arguments.output_dir, "--output_dir", "ADAPTER"),
     )
+
+
+@quiet()
+def export(argv: Sequence[str]) -> None:
+    """Write preference pairs in the form of another trainer: LLaVA's, RLAIF-V's or LLaMA-Factory's."""
+    from bpo_fast.cli.options import ExportArguments
+    from bpo_fast.cli.recipe import parse_arguments
+
+    if argv and not argv[0].startswith("-"):
+        argv = ["--dataset", *argv]
+    (arguments,) = parse_arguments([ExportArguments], argv, command="export", description=export.__doc__)
+    from bpo_fast.data.export import PAIRS_FILE, export_pairs
+
+    done = export_pairs(arguments.dataset, arguments.output_dir, arguments.format)
+    left_out = f", {done.left_out:,} left out that {arguments.format} has no place for" if done.left_out else ""
+    print(f"{done.pairs:,} pairs in {Path(arguments.output_dir, PAIRS_FILE)}{left_out}.")
 
 
 @interruptible()
@@ -260,7 +280,9 @@ def doctor(argv: Sequence[str]) -> int:
     return run()
 
 
-COMMANDS = {command.__name__: command for command in (bootstrap, browse, plan, train, evaluate, merge, demo, doctor)}
+COMMANDS = {
+    command.__name__: command for command in (bootstrap, browse, export, plan, train, evaluate, merge, demo, doctor)
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,3 +10,6 @@ CARDS = (
     *("a40", "a6000", "a100-40", "a100-80", "l4", "l40s", "rtx6000-ada", "h100", "h200", "b200"),
     *("rtx3090", "rtx4080", "rtx4090", "rtx5090"),
 )
+# bpo_fast.bootstrap.kinds.KINDS
+KINDS = ("image_weakened", "error_injected", "self_generated", "m3po", "sft")
+EXPORT_FORMS = ("llava", "rlaif", "llamafactory")  # bpo_fast.data.export.FORMS

@@ -8,9 +8,9 @@ from dataclasses import MISSING, dataclass, field
 from importlib import resources
 from typing import Any, ClassVar
 
-from bpo_fast.cli.names import CARDS, LORA_TARGET_MODULES, NOISE_TARGETS, PRESETS, SCHEDULES
+from bpo_fast.cli.names import CARDS, EXPORT_FORMS, LORA_TARGET_MODULES, PRESETS
 from bpo_fast.evaluate.run import SCORERS
-from bpo_fast.runs.numbers import COUNT, POSITIVE, SEED, SHARE, Range, check_numbers
+from bpo_fast.runs.numbers import COUNT, SHARE, Range, check_numbers
 
 # Where a command writes when it is told nowhere: the commands' folders lie beside each other.
 OUTPUT_ROOT = "bpo_output"
@@ -19,13 +19,17 @@ _EVERY_LINEAR = "all-linear"
 PACKAGE_PREFIX = "package:"
 
 
-def _option(text: str, *, default: Any = MISSING, choices: Iterable[str] = ()) -> Any:
+def option(text: str, *, default: Any = MISSING, choices: Iterable[str] = ()) -> Any:
     """A dataclass field whose metadata `transformers.HfArgumentParser` hands on to `add_argument`."""
-    return field(default=default, metadata={"help": text} | ({"choices": list(choices)} if choices else {}))
+    metadata = {"help": text} | ({"choices": list(choices)} if choices else {})
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
-def _output_dir(command: str, text: str) -> Any:
-    return _option(text, default=f"{OUTPUT_ROOT}/{command}")
+def output_option(command: str, text: str) -> Any:
+    """The option of that name, whose default is the command's own folder."""
+    return option(text, default=f"{OUTPUT_ROOT}/{command}")
 
 
 @dataclass(kw_only=True)
@@ -34,14 +38,14 @@ class ModelArguments:
 
     NUMBERS: ClassVar[dict[str, Range]] = {}
 
-    model_name_or_path: str = _option("Model id on the Hugging Face Hub, or folder written by save_pretrained.")
-    dtype: str = _option(
+    model_name_or_path: str = option("Model id on the Hugging Face Hub, or folder written by save_pretrained.")
+    dtype: str = option(
         "Data type of the model's weights; auto keeps the checkpoint's.",
         default="auto",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
 
-    trust_remote_code: bool = _option("Run Python code that comes with the model; read it first.", default=False)
+    trust_remote_code: bool = option("Run Python code that comes with the model; read it first.", default=False)
 
     def __post_init__(self):
         check_numbers(self, self.NUMBERS)
@@ -54,10 +58,10 @@ class ModelArguments:
 class SharedArguments(ModelArguments):
     """Options of every command that runs a model."""
 
-    image_folder: str | None = _option(
+    image_folder: str | None = option(
         "Folder that image paths are relative to; by default the one that the pairs name.", default=None
     )
-    quantization: str = _option(
+    quantization: str = option(
         "nf4 loads the language model in 4 bits and needs bitsandbytes.", default="none", choices=("none", "nf4")
     )
 
@@ -65,41 +69,6 @@ class SharedArguments(ModelArguments):
         """Keyword arguments for `bpo_fast.models.load.load_model`."""
         quantization = None if self.quantization == "none" else self.quantization
         return {"dtype": self.dtype, "quantization": quantization, "trust_remote_code": self.trust_remote_code}
-
-
-@dataclass(kw_only=True)
-class BootstrapArguments(SharedArguments):
-    """Options of `bpo-fast bootstrap`, most of them arguments of `bpo_fast.bootstrap.bootstrap`."""
-
-    NUMBERS: ClassVar[dict[str, Range]] = {
-        "seed": SEED,
-        "max_new_tokens": COUNT,
-        "batch_size": COUNT,
-        "temperature": POSITIVE,
-        "top_p": Range("a number above 0 and at most 1", lambda x: 0 < x <= 1),
-        "max_response_words": COUNT,
-        "max_samples": COUNT,
-    }
-
-    annotations: str = _option("Annotation file in LLaVA-Instruct format.")
-    image_folder: str = _option("Folder that the image paths of the annotations are relative to.")
-    output_dir: str = _output_dir("bootstrap", "Output folder for the pairs; a run resumes in it.")
-    adapter: str | None = _option("LoRA adapter to load on the model.", default=None)
-    noise_target: str = _option("Tensor that the noise is added to.", default="features", choices=NOISE_TARGETS)
-    noise_step: int | None = _option("Noise schedule step, 0 to 999; null adds no noise.", default=500)
-    schedule: str = _option("Noise schedule.", default="sigmoid", choices=SCHEDULES)
-    seed: int = _option("Random seed of noise, sampling and the choice of records.", default=0)
-    max_new_tokens: int = _option("Maximum number of tokens in a response.", default=512)
-    batch_size: int = _option("Number of questions in a batch.", default=8)
-    do_sample: bool = _option("Sample responses instead of decoding greedily.", default=False)
-    temperature: float | None = _option("Sampling temperature.", default=None)
-    top_p: float | None = _option("Sampling: total probability of the tokens to choose from.", default=None)
-    max_response_words: int | None = _option(
-        "Skip pairs with a response of more words; null keeps them all.", default=350
-    )
-    max_samples: int | None = _option(
-        "Number of annotations to use, drawn uniformly; null uses them all.", default=None
-    )
 
 
 @dataclass(kw_only=True)
@@ -113,18 +82,18 @@ class TrainArguments(SharedArguments):
         "eval_fraction": Range("a number between 0 and 1", lambda x: 0 < x < 1),
     }
 
-    dataset: str = _option(
+    dataset: str = option(
         "Preference pairs: folder written by bpo-fast bootstrap, JSON or JSON-lines file, or folder written by "
         "Dataset.save_to_disk."
     )
-    eval_dataset: str | None = _option("Pairs to evaluate on during training, as for --dataset.", default=None)
-    eval_fraction: float | None = _option(
+    eval_dataset: str | None = option("Pairs to evaluate on during training, as for --dataset.", default=None)
+    eval_fraction: float | None = option(
         "Share of the pairs that is held out of training to evaluate on, drawn by the seed.", default=None
     )
-    lora_r: int = _option("LoRA rank.", default=64)
-    lora_alpha: int = _option("LoRA scale: the adapter's output is multiplied by lora_alpha / lora_r.", default=128)
-    lora_dropout: float = _option("Dropout on the adapter's input; needs --disable_dropout false.", default=0.0)
-    lora_target_modules: list[str] | None = _option(  # noqa: RUF009 - a field, no shared list
+    lora_r: int = option("LoRA rank.", default=64)
+    lora_alpha: int = option("LoRA scale: the adapter's output is multiplied by lora_alpha / lora_r.", default=128)
+    lora_dropout: float = option("Dropout on the adapter's input; needs --disable_dropout false.", default=0.0)
+    lora_target_modules: list[str] | None = option(  # noqa: RUF009 - a field, no shared list
         "Linear layers of the language model that get an adapter, or all-linear; null takes "
         f"{', '.join(LORA_TARGET_MODULES)}.",
         default=None,
@@ -185,20 +154,20 @@ class PlanArguments(TrainArguments):
 
     NUMBERS: ClassVar[dict[str, Range]] = TrainArguments.NUMBERS | {"pairs": COUNT}
 
-    model_name_or_path: str = _option("Model of the recipe.", default="")
-    dataset: str = _option("Of the recipe; not read.", default="")
-    model: str | None = _option(
+    model_name_or_path: str = option("Model of the recipe.", default="")
+    dataset: str = option("Of the recipe; not read.", default="")
+    model: str | None = option(
         f"{', '.join(PRESETS)}, or a model's folder or config.json; by default the recipe's model.", default=None
     )
-    gpu: str | None = _option(f"Card: {', '.join(CARDS)}. By default the one that is here.", default=None)
-    pairs: int | None = _option("Pairs in a batch; by default the recipe's per_device_train_batch_size.", default=None)
-    batch_lengths: list[str] | None = _option(  # noqa: RUF009 - a field, no shared list
+    gpu: str | None = option(f"Card: {', '.join(CARDS)}. By default the one that is here.", default=None)
+    pairs: int | None = option("Pairs in a batch; by default the recipe's per_device_train_batch_size.", default=None)
+    batch_lengths: list[str] | None = option(  # noqa: RUF009 - a field, no shared list
         "Tokens of a batch's pairs in place of the paper's mix, each as prefix,chosen,rejected; a prefix holds its "
         "image.",
         default=None,
     )
-    fit: bool = _option("Choose checkpointing, token budget, optimizer and caches for the card.", default=False)
-    json: bool = _option("Print JSON.", default=False)
+    fit: bool = option("Choose checkpointing, token budget, optimizer and caches for the card.", default=False)
+    json: bool = option("Print JSON.", default=False)
 
     def __post_init__(self):
         super().__post_init__()
@@ -212,29 +181,40 @@ class EvaluateArguments(SharedArguments):
 
     NUMBERS: ClassVar[dict[str, Range]] = {"max_new_tokens": COUNT, "batch_size": COUNT}
 
-    questions: str = _option(
+    questions: str = option(
         "Question file: JSON list of {id, image, question} and "
         f"{' or '.join(f'{scorer.truth} (for {kind})' for kind, scorer in SCORERS.items())}; POPE's own files too."
     )
-    image_folder: str = _option("Folder that the image paths of the questions are relative to.")
-    output_dir: str = _output_dir("evaluate", "Output folder for answers and scores; a run resumes in it.")
-    kind: str = _option("Scorer.", choices=SCORERS)
-    adapter: str | None = _option("LoRA adapter to load on the model.", default=None)
-    synonyms: str | None = _option(
+    image_folder: str = option("Folder that the image paths of the questions are relative to.")
+    output_dir: str = output_option("evaluate", "Output folder for answers and scores; a run resumes in it.")
+    kind: str = option("Scorer.", choices=SCORERS)
+    adapter: str | None = option("LoRA adapter to load on the model.", default=None)
+    synonyms: str | None = option(
         "JSON table {object: [words]}, for "
         f"{' and '.join(kind for kind, scorer in SCORERS.items() if scorer.needs_synonyms)}.",
         default=None,
     )
-    max_new_tokens: int = _option("Maximum number of tokens in an answer.", default=512)
-    batch_size: int = _option("Number of questions in a batch.", default=8)
+    max_new_tokens: int = option("Maximum number of tokens in an answer.", default=512)
+    batch_size: int = option("Number of questions in a batch.", default=8)
 
 
 @dataclass(kw_only=True)
 class MergeArguments(ModelArguments):
     """Options of `bpo-fast merge`, the arguments of `bpo_fast.models.merge.merge_adapter`."""
 
-    adapter: str = _option("LoRA adapter that bpo-fast train wrote.")
-    output_dir: str = _output_dir("merge", "Output folder for the model with the adapter in its weights.")
+    adapter: str = option("LoRA adapter that bpo-fast train wrote.")
+    output_dir: str = output_option("merge", "Output folder for the model with the adapter in its weights.")
+
+
+@dataclass(kw_only=True)
+class ExportArguments:
+    """Options of `bpo-fast export`, the arguments of `bpo_fast.data.export.export_pairs`."""
+
+    dataset: str = option("Preference pairs, as train takes them; may stand right behind the command.")
+    format: str = option("Form of the records.", choices=EXPORT_FORMS)
+    output_dir: str = output_option(
+        "export", "Output folder for pairs.json, and for images that lie inside the pairs."
+    )
 
 
 @dataclass(kw_only=True)
@@ -245,13 +225,13 @@ class BrowseArguments:
         "thumbnail_size": Range("a whole number from 32 to 4096", lambda x: 32 <= x <= 4096)
     }
 
-    dataset: str = _option("Preference pairs, as train takes them; may stand right behind the command.")
-    image_folder: str | None = _option(
+    dataset: str = option("Preference pairs, as train takes them; may stand right behind the command.")
+    image_folder: str | None = option(
         "Folder that image paths are relative to; by default the one that the pairs name.", default=None
     )
-    output_dir: str = _output_dir("browse", "Output folder for the page, which is written anew each time.")
-    thumbnail_size: int = _option("Pixels of the longer side of a thumbnail.", default=320)
-    link_images: bool = _option("Show image files where they lie, in place of thumbnails.", default=False)
+    output_dir: str = output_option("browse", "Output folder for the page, which is written anew each time.")
+    thumbnail_size: int = option("Pixels of the longer side of a thumbnail.", default=320)
+    link_images: bool = option("Show image files where they lie, in place of thumbnails.", default=False)
 
     def __post_init__(self):
         check_numbers(self, self.NUMBERS)

@@ -26,7 +26,7 @@ from bpo_fast.cli.parser import HelpFormatter, Parser
 from bpo_fast.cli.values import described, fits, remedy, shown, to_field
 from bpo_fast.cli.yaml_file import read_yaml
 
-SECTIONS = ("bootstrap", "browse", "train", "evaluate", "merge")
+SECTIONS = ("bootstrap", "browse", "export", "train", "evaluate", "merge")
 
 
 class _Parser(Parser, HfArgumentParser):

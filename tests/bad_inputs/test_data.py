@@ -99,13 +99,13 @@ def read(name: str, prepare) -> Bad:
         "a folder for a file",
         lambda world: (world / "folder").mkdir(),
         "bootstrap --annotations folder",
-        "folder: found a folder, expected a JSON file.",
+        "folder: found no data set that can be read (a folder without .parquet or .arrow files), expected a JSON, Par",
     ),
     Bad(
         "a file name of 300 characters",
         lambda world: None,
         f"bootstrap --annotations {'a' * 300}",
-        "a: found no such file, expected a JSON file.",
+        "a: found no data set that can be read (",
     ),
     Bad("an empty file", text("data.json", lambda content: b""), "bootstrap", "data.json: found an empty file"),
     Bad(

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from bpo_fast.cli import names
-from bpo_fast.cli.options import BootstrapArguments, EvaluateArguments, MergeArguments, TrainArguments
+from bpo_fast.cli.bootstrap_options import BootstrapArguments
+from bpo_fast.cli.options import EvaluateArguments, MergeArguments, TrainArguments
 from bpo_fast.cli.recipe import carried_options, parse_arguments
 from bpo_fast.models.lora import LORA_TARGET_MODULES
 from bpo_fast.models.weaken import SCHEDULES, TARGETS
@@ -139,8 +140,8 @@ def test_null_is_none_on_either_side(recipe):
                 ("do_sample: 'true'", "found the text 'true', expected true or false; write it without quotes"),
                 ("do_sample: yes", "found the text 'yes', expected true or false"),
                 ("do_sample: 1", "found 1, expected true or false"),
-                ("annotations: 2024", "found 2024, expected text; put it in quotes"),
-                ("annotations: {a: b}", "found a map, expected text"),
+                ("annotations: 2024", "found 2024, expected text or null; put it in quotes"),
+                ("annotations: {a: b}", "found a map, expected text or null"),
                 ("noise_target: image", "found 'image', expected one of 'features', 'pixels', 'projected'"),
             ]
         ),
