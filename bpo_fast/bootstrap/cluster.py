@@ -58,6 +58,11 @@ def make_on_cluster(job: Job, parts: Sequence[Part], progress: Progress, address
         sizes = {part.number: part.size * len(job.makers) for part in parts}
         for row in made.iter_rows():
             progress.made(sizes[int(row["part"])], 0)
+    except ray.exceptions.RayError as error:
+        (*_, last) = filter(None, map(str.strip, str(error).splitlines()))
+        raise RuntimeError(
+            f"ray: found a worker that failed ({last}); mend that and give the command again."
+        ) from error
     finally:
         if started:
             ray.shutdown()

@@ -68,7 +68,7 @@ class Job:
     def purpose(self) -> str:
         """What processes that share the folder must have in common."""
         lengths = self.samples.lengths.tolist()
-        return fingerprint([self.layout, lengths, self.settings(), self._writing(), dict(self.selection)])
+        return fingerprint([self.layout, lengths, self.settings, self._writing(), dict(self.selection)])
 
     def _writing(self):
         """What decides how pairs are made of responses."""
@@ -79,13 +79,22 @@ class Job:
         """Kind -> its settings."""
         return {maker.kind: maker.settings() for maker in self.makers}
 
-    def settings(self) -> dict[str, Any]:
-        """What decides the responses: of each kind, under its name, and of the model where a kind needs one.
+    @property
+    def needs_model(self) -> bool:
+        """Whether there is something to ask the model."""
+        return self.score_pairs or any(maker.needs_model for maker in self.makers)
 
-        A model id has no commit before it has been downloaded.
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """What decides the responses, as it is found at first."""
+        return self._settings_now()
+
+    def _settings_now(self):
+        """The settings of each kind, under its name, and of the model where it is asked.
+
+        A model id may have no commit before it has been downloaded.
         """
-        needs_model = self.score_pairs or any(maker.needs_model for maker in self.makers)
-        model = self.given.settings() if needs_model else {}
+        model = self.given.settings() if self.needs_model else {}
         kinds = self.kind_settings.items()
         return {**model, **{f"{kind}.{name}": value for kind, own in kinds for name, value in own.items()}}
 
@@ -114,8 +123,11 @@ class Job:
         keys = [self.key(sample, maker) for maker in self.makers for sample in samples]
         return fingerprint([part.shard.name, keys, [sample.answer for sample in samples], self._writing()])
 
-    def check(self) -> dict | None:
+    def check(self, settings: Mapping[str, Any] | None = None) -> dict | None:
         """What the folder's record of the run says, None if there is none yet.
+
+        Args:
+            settings: those that decide the responses; None takes them as they were found at first.
 
         Raises:
             ValueError: the folder holds a run with other settings of the model or of one of the kinds; one that
@@ -124,7 +136,7 @@ class Job:
         kept = read_run(self.folder)
         if kept is None:
             return None
-        there, here = kept["settings"], self.settings()
+        there, here = kept["settings"], settings or self.settings
         known = {setting_owner(name) for name in there}
         asked = {setting_owner(name) for name in here}
         shared = {name: value for name, value in here.items() if setting_owner(name) in known}
@@ -139,10 +151,11 @@ class Job:
             The settings that the folder keeps, which name the commit of a model that was downloaded.
         """
         with held(self.folder / ".claim.lock"):
-            kept = self.check()
+            now = self._settings_now()
+            kept = self.check(now)
             if kept is not None and kept.get("layout") != self.layout:
                 set_aside(self.folder)
-            settings = {**self.settings(), **(kept["settings"] if kept else {})}
+            settings = {**now, **(kept["settings"] if kept else {})}
             write_json(self.folder / METADATA_FILE, {"settings": settings, "layout": self.layout})
             for name in (MANIFEST_FILE, CARD_FILE):
                 (self.folder / name).unlink(missing_ok=True)

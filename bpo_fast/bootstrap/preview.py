@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from bpo_fast.bootstrap.job import Job
@@ -77,10 +78,11 @@ def check_disk(job: Job) -> int:
         OSError: fewer are free than are still to be written.
     """
     needed = disk_forecast(job)
-    there = sum(path.stat().st_size for path in job.folder.rglob("*") if path.is_file()) if job.folder.is_dir() else 0
-    free = shutil.disk_usage(
-        next(path for path in (job.folder.absolute(), *job.folder.absolute().parents) if path.exists())
-    ).free
+    there = 0
+    for path in job.folder.rglob("*"):
+        with suppress(FileNotFoundError):  # of another process, whose file has just got its name
+            there += path.stat().st_size
+    free = shutil.disk_usage(job.folder).free
     if needed - there > free:
         remedy = "leave embed_images out" if job.embed_images else "choose another output_dir"
         raise OSError(

@@ -1,6 +1,11 @@
 """The progress bar of a run: responses, their tokens a second, the time left."""
 
+import sys
+
 from tqdm.auto import tqdm
+
+# Batches whose time stands for all in the forecast.
+MEASURED = 5
 
 
 class Progress:
@@ -13,7 +18,7 @@ class Progress:
 
     def __init__(self, total: int, *, shown: bool = True):
         self._bar = tqdm(total=total, unit="response", desc="bootstrap", smoothing=0.1, disable=not shown)
-        self._tokens = 0
+        self._tokens, self._batches = 0, 0
 
     def made(self, responses: int, tokens: int) -> None:
         """So many more responses, and their tokens, by this process."""
@@ -21,9 +26,13 @@ class Progress:
         self._bar.update(responses)
         if self._bar.disable:
             return
-        seconds = self._bar.format_dict["elapsed"]
+        bar, self._batches = self._bar, self._batches + 1
+        seconds = bar.format_dict["elapsed"]
         if self._tokens and seconds:
-            self._bar.set_postfix_str(f"{self._tokens / seconds:,.0f} tokens/s")
+            bar.set_postfix_str(f"{self._tokens / seconds:,.0f} tokens/s")
+        if self._batches == MEASURED and bar.n < bar.total:
+            left = bar.format_interval((bar.total - bar.n) * seconds / (bar.n - bar.initial))
+            bar.write(f"bootstrap: about {left} for the {bar.total - bar.n:,} responses left, alone.", file=sys.stderr)
 
     def known(self, responses: int) -> None:
         """So many more that were there."""

@@ -167,13 +167,14 @@ def bootstrap(
         if shard_index is None or not 0 <= shard_index < num_shards:
             raise ValueError(f"shard_index: found {shard_index}, expected a number from 0 to {num_shards - 1}.")
         parts = parts[shard_index::num_shards]
-    job.given.check()
+    if job.needs_model:
+        job.given.check()
     if dry_run:
         print(first_requests(job), f"disk: {size(disk_forecast(job))} in {job.folder}", sep="\n")
         return None
-    check_disk(job)
     with shared_folder(output_dir, job.purpose):
         job.check()
+        print(f"{job.folder}: about {size(check_disk(job))} for {len(job.samples):,} records.", file=sys.stderr)
         was_whole = (job.folder / MANIFEST_FILE).exists()
         with Progress(len(job.samples) * len(job.makers)) as progress, Worker(job, progress) as worker:
             if ray is None:

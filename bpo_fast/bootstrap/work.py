@@ -21,7 +21,7 @@ from bpo_fast.bootstrap.rows import Fault, Outcome, part_rows, score_key, texts_
 from bpo_fast.data.annotations import Annotation
 from bpo_fast.data.parquet import write_shard
 from bpo_fast.runs.files import read_json, write_json
-from bpo_fast.runs.folder import held
+from bpo_fast.runs.folder import held, read_run
 from bpo_fast.runs.journal import Journal
 
 # Samples in a batch of a kind that asks no model: of a server, which answers many at a time.
@@ -91,7 +91,7 @@ class Worker:
         return self._results[part.number]
 
     def _make(self, part):
-        kept = self._job.check()
+        kept = read_run(part.folder)
         if kept is not None and kept.get("layout") != self._job.layout:
             self._begin()  # before a journal is opened that this sets aside
         samples = self._job.samples_of(part)

@@ -66,9 +66,9 @@ class BootstrapArguments(SharedArguments):
         "Several noise steps, which give a record a pair each, in place of noise_step.", default=None
     )
     schedule: str = option("Noise schedule.", default="sigmoid", choices=SCHEDULES)
-    errors: list[str] = option(  # noqa: RUF009 - a field, no shared list
-        "Kinds of injected errors (object, attribute, count, relation, text), a pair each; mixed draws one.",
-        default=["mixed"],
+    errors: list[str] | None = option(  # noqa: RUF009 - a field, no shared list
+        "Kinds of injected errors (object, attribute, count, relation, text), a pair each; null draws one.",
+        default=None,
     )
     error_template: str | None = option("JSON file of the prompt that injects errors; null takes ours.", default=None)
     server_url: str | None = option(
@@ -131,15 +131,11 @@ class BootstrapArguments(SharedArguments):
         if (self.server_url is None) != (self.server_model is None):
             raise ValueError("server_url: found one of server_url and server_model, expected both; give both.")
         for kind, names in _OF_KINDS.items():
-            changed = [name for name in names if getattr(self, name) != self._default(name)]
+            changed = [name for name in names if getattr(self, name) != self.__dataclass_fields__[name].default]
             if changed and kind not in self.kind_names:
                 raise ValueError(
                     f"{changed[0]}: found it without the kind {kind}, which alone it is for; add {kind} to kinds."
                 )
-
-    def _default(self, name):
-        item = self.__dataclass_fields__[name]
-        return item.default_factory() if callable(item.default_factory) else item.default
 
     @property
     def kind_names(self) -> list[str]:
@@ -168,7 +164,7 @@ class BootstrapArguments(SharedArguments):
     def _makers(self):
         from bpo_fast.answers.sampling import GenerationSettings
         from bpo_fast.answers.server import Server
-        from bpo_fast.bootstrap.error_injected import ErrorInjected
+        from bpo_fast.bootstrap.error_injected import MIXED, ErrorInjected
         from bpo_fast.bootstrap.image_weakened import ImageWeakened
         from bpo_fast.bootstrap.m3po import M3PO
         from bpo_fast.bootstrap.self_generated import SelfGenerated
@@ -187,7 +183,7 @@ class BootstrapArguments(SharedArguments):
             server = None
             if self.server_url is not None:
                 server = Server(self.server_url, self.server_model, self.server_key_env, self.server_concurrency)
-            return ErrorInjected(self.errors, self.error_template, self.seed, decoding(), server)
+            return ErrorInjected(self.errors or MIXED, self.error_template, self.seed, decoding(), server)
 
         def m3po():
             return M3PO(

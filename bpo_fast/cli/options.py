@@ -21,10 +21,7 @@ PACKAGE_PREFIX = "package:"
 
 def option(text: str, *, default: Any = MISSING, choices: Iterable[str] = ()) -> Any:
     """A dataclass field whose metadata `transformers.HfArgumentParser` hands on to `add_argument`."""
-    metadata = {"help": text} | ({"choices": list(choices)} if choices else {})
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata={"help": text} | ({"choices": list(choices)} if choices else {}))
 
 
 def output_option(command: str, text: str) -> Any:

@@ -99,7 +99,7 @@ def read(name: str, prepare) -> Bad:
         "a folder for a file",
         lambda world: (world / "folder").mkdir(),
         "bootstrap --annotations folder",
-        "folder: found no data set that can be read (a folder without .parquet or .arrow files), expected a JSON, Par",
+        "folder: found no data set that can be read ('a folder without .parquet and .arrow files'), expected",
     ),
     Bad(
         "a file name of 300 characters",

@@ -164,7 +164,10 @@ def test_sft_trains_another_adapter_on_the_same_pairs(world):
         ([], "COMMAND: found nothing, expected a value for each; see bpo-fast --help."),
         (["fly"], "COMMAND: found 'fly', expected one of "),
         (["bootstrap"], "--model_name_or_path: found nothing, expected a value for each"),
-        (["bootstrap", "--model_name_or_path", "model"], "annotations: found none, expected a file of them; give --an"),
+        (
+            ["bootstrap", "--model_name_or_path", "model"],
+            "annotations: found none, expected a file of them; give --an",
+        ),
         (["train", "--config", "none.yaml"], "--config: found no file 'none.yaml', expected a file or one of llava-1"),
         (["train", *RUN, "--dataset", "none"], "dataset: found nothing at 'none', expected preference pairs"),
         (["train", *RUN, "--dataset", "images"], "dataset: found no metadata.json in 'images'"),

@@ -3,10 +3,12 @@ from pathlib import Path
 
 import pytest
 
+from bpo_fast.bootstrap.kinds import KINDS
 from bpo_fast.cli import names
 from bpo_fast.cli.bootstrap_options import BootstrapArguments
 from bpo_fast.cli.options import EvaluateArguments, MergeArguments, TrainArguments
 from bpo_fast.cli.recipe import carried_options, parse_arguments
+from bpo_fast.data.export import FORMS
 from bpo_fast.models.lora import LORA_TARGET_MODULES
 from bpo_fast.models.weaken import SCHEDULES, TARGETS
 from bpo_fast.train.trainer import BPOConfig
@@ -220,6 +222,8 @@ def test_names_are_the_entries_of_the_librarys_tables():
     assert tuple(TARGETS) == names.NOISE_TARGETS
     assert tuple(SCHEDULES) == names.SCHEDULES
     assert tuple(LORA_TARGET_MODULES) == names.LORA_TARGET_MODULES
+    assert tuple(KINDS) == names.KINDS
+    assert tuple(FORMS) == names.EXPORT_FORMS
 
 
 @pytest.mark.parametrize("arguments", [BootstrapArguments, TrainArguments, EvaluateArguments, MergeArguments])
