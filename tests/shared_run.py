@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -48,13 +49,14 @@ class Reversed:
 
 
 class KilledOnce(Reversed):
-    """Its fourth batch kills the process that makes it."""
+    """Its fourth batch, or one soon after, kills the process that makes it."""
 
     def make(self, model, processor, samples, images):
         made = super().make(model, processor, samples, images)
-        if len(Path(self.notes).read_text().splitlines()) == 4:
-            Path(self.notes).with_suffix(".killed").touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+        if len(Path(self.notes).read_text().splitlines()) >= 4:
+            with suppress(FileExistsError):
+                Path(self.notes).with_suffix(".killed").touch(exist_ok=False)
+                os.kill(os.getpid(), signal.SIGKILL)
         return made
 
 

@@ -32,6 +32,7 @@ def make_on_cluster(job: Job, parts: Sequence[Part], progress: Progress, address
     Raises:
         ImportError: Ray is not installed.
         ValueError: the model is loaded already, which no other process can use.
+        RuntimeError: what a worker said that could not go on.
     """
     if not job.given.is_path:
         raise ValueError(
@@ -57,12 +58,9 @@ def make_on_cluster(job: Job, parts: Sequence[Part], progress: Progress, address
         )
         sizes = {part.number: part.size * len(job.makers) for part in parts}
         for row in made.iter_rows():
+            if row["fault"]:
+                raise RuntimeError(row["fault"])
             progress.made(sizes[int(row["part"])], 0)
-    except ray.exceptions.RayError as error:
-        (*_, last) = filter(None, map(str.strip, str(error).splitlines()))
-        raise RuntimeError(
-            f"ray: found a worker that failed ({last}); mend that and give the command again."
-        ) from error
     finally:
         if started:
             ray.shutdown()
@@ -77,18 +75,28 @@ class PartMaker:
     """
 
     def __init__(self, job: Any, working_dir: str):
-        os.chdir(working_dir)
-        self._job: Job = _ray().get(job)
-        self._stack = ExitStack()
-        self._stack.enter_context(shared_folder(self._job.folder, self._job.purpose))
-        progress = self._stack.enter_context(Progress(0, shown=False))
-        self._worker = self._stack.enter_context(Worker(self._job, progress))
+        self._reference, self._working_dir = job, working_dir
+        self._job, self._worker, self._stack = None, None, ExitStack()
 
     def __call__(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-        for number in batch["part"]:
-            while not self._worker.make(self._job.parts[int(number)]):
-                time.sleep(POLL)  # a process that is ending still holds it
-        return batch
+        # A user's mistake, such as a model that does not load, is told by its own sentence and not asked for again.
+        fault = ""
+        try:
+            self._start()
+            for number in batch["part"]:
+                while not self._worker.make(self._job.parts[int(number)]):
+                    time.sleep(POLL)  # a process that is ending still holds it
+        except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+            fault = str(error)
+        return {"part": batch["part"], "fault": [fault] * len(batch["part"])}
+
+    def _start(self):
+        if self._worker is None:
+            os.chdir(self._working_dir)
+            self._job = _ray().get(self._reference)
+            self._stack.enter_context(shared_folder(self._job.folder, self._job.purpose))
+            progress = self._stack.enter_context(Progress(0, shown=False))
+            self._worker = self._stack.enter_context(Worker(self._job, progress))
 
 
 def _ray():

@@ -36,6 +36,8 @@ class Progress:
 
     def known(self, responses: int) -> None:
         """So many more that were there."""
+        if self._bar.disable:
+            return
         self._bar.initial += responses
         self._bar.n += responses
         self._bar.refresh()
