@@ -16,6 +16,7 @@ from pathlib import Path
 
 from mutation_lists import (
     answers,
+    bootstrap,
     choice,
     cli,
     data,
@@ -51,6 +52,7 @@ MUTATIONS = [
         answers,
         choice,
         demo,
+        bootstrap,
     )
     for mutation in part.MUTATIONS
 ]

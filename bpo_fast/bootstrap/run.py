@@ -154,7 +154,7 @@ def bootstrap(
         folder=Path(output_dir),
         samples=selection.samples,
         makers=_in_order(kinds),
-        given=GivenModel(model, processor, adapter, _on_own_device(model_init_kwargs or {})),
+        given=GivenModel(model, processor, adapter, own_device(model_init_kwargs or {})),
         batch_size=batch_size,
         rows_per_part=rows_per_part,
         filters=filters,
@@ -181,7 +181,7 @@ def bootstrap(
                 worker.make_all(parts)
             else:
                 missing = [part for part in parts if not worker.is_done(part)]
-                progress.known((len(parts) - len(missing)) * rows_per_part * len(job.makers))
+                progress.known(sum(part.size for part in parts if part not in missing) * len(job.makers))
                 make_on_cluster(job, missing, progress, ray, ray_workers)
             if not all(map(worker.is_done, job.parts)):
                 return None
@@ -204,7 +204,7 @@ def _in_order(kinds: Sequence[Maker]) -> list[Maker]:
     return sorted(kinds, key=lambda maker: order.index(maker.kind))
 
 
-def _on_own_device(options: dict) -> dict:
+def own_device(options: dict) -> dict:
     """The options of `load_model` with the GPU that is this process's where a launcher has started several."""
     rank = os.environ.get("LOCAL_RANK")
     if rank is None or "device" in options or not torch.cuda.is_available():

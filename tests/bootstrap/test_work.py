@@ -16,6 +16,7 @@ from bpo_fast.answers.score import score_answers
 from bpo_fast.bootstrap import bootstrap
 from bpo_fast.bootstrap.filters import FilterOptions
 from bpo_fast.bootstrap.image_weakened import ImageWeakened
+from bpo_fast.bootstrap.run import own_device
 from bpo_fast.bootstrap.sft import ChosenOnly
 from bpo_fast.data import load_preference_dataset
 from bpo_fast.runs.files import read_json
@@ -109,6 +110,27 @@ def test_a_further_kind_costs_only_itself_and_one_fewer_nothing(records, tmp_pat
     alone = run(tmp_path, "out", records, kinds=[ChosenOnly()])
     assert alone["rejected_type"] == ["sft"] * len(READABLE)
     assert made(tmp_path, "out") == []
+
+
+def test_a_changed_answer_costs_the_kinds_that_are_made_of_it(records, tmp_path):
+    run(tmp_path, "out", records, kinds=[Reversed(str(tmp_path / "out.notes")), ChosenOnly()])
+    (tmp_path / "out.notes").write_text("")
+    records[8]["conversations"][1]["value"] = "a blue dog"
+    pairs = run(tmp_path, "out", records, kinds=[Reversed(str(tmp_path / "out.notes")), ChosenOnly()])
+    assert made(tmp_path, "out") == [8]
+    changed = [pair for pair in pairs if pair["id"] == "8"]
+    texts = [pair["chosen"][0]["content"][0]["text"] for pair in changed]
+    assert texts == ["a blue dog"] * 2
+    assert changed[0]["rejected"][0]["content"][0]["text"] == "dog blue a"
+
+
+def test_each_process_of_a_launcher_takes_its_own_gpu(monkeypatch):
+    assert own_device({"dtype": "auto"}) == {"dtype": "auto"}
+    monkeypatch.setenv("LOCAL_RANK", "5")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    assert own_device({"dtype": "auto"}) == {"dtype": "auto", "device": "cuda:1"}
+    assert own_device({"device": "cpu"}) == {"device": "cpu"}
 
 
 def test_kinds_without_a_model_take_none_and_unreadable_images_are_counted(records, tmp_path):

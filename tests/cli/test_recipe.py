@@ -236,7 +236,7 @@ def test_help_gives_every_option_a_sentence_and_its_default(arguments, capsys):
         sentence = item.metadata["help"]
         assert sentence[0].isupper() or sentence.startswith("nf4 ")
         assert sentence.endswith(".")
-        default = {"None": "null", "False": "false"}.get(str(item.default), item.default)
+        default = {"None": "null", "False": "false", "True": "true"}.get(str(item.default), item.default)
         assert f"{sentence} ({'required' if item.default is MISSING else f'default: {default}'})" in text
     assert "(default: None)" not in text
 
