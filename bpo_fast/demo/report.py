@@ -40,7 +40,6 @@ RATES = (
     ("Yes/no questions answered yes", "pope", "yes_ratio"),
 )
 _ERRORS = ("Error asked for", "Answers", "Changed", "At one place", "Fluent")
-_NOISE = ("Noise step", "Descriptions that hallucinate")
 _BACKGROUND = (
     "The model was pretrained in a miniature world where a red circle nearly always comes with two blue squares, and "
     "it says so even when the image shows something else. Bootstrapped Preference Optimization trains it against its "
@@ -124,9 +123,10 @@ def write_report(output_dir: str | os.PathLike, results: dict) -> Path:
             "What is wrong with them",
             "Error-injected answers by the error that was asked for: how many name another object, attribute or count "
             "than the annotated answer, how many do so at one place alone, and how many are by the grammar of this "
-            "world. And how many descriptions of images that are not typical hallucinate, by the noise on the image.",
+            f"world. {_left_out(results)} Below, how many descriptions of images that are not typical hallucinate, by "
+            "the noise on the image.",
             page.table(_ERRORS, _error_rows(results["negatives"]["errors"]))
-            + page.table(_NOISE, _noise_rows(results["negatives"]["noise"])),
+            + page.table(*_noise_rows(results["negatives"]["noise"])),
         ),
         page.section(
             "What training does to the answers",
@@ -253,8 +253,17 @@ def _error_rows(errors):
     ]
 
 
+def _left_out(results):
+    asked = results["settings"]["num_annotations"] * len(results["seeds"])
+    kept = results["negatives"]["errors"]["all"]["answers"]
+    return f"Of {asked:,} answers {asked - kept:,} gave no pair: they came back as they were, or broken."
+
+
 def _noise_rows(noise):
-    return [[step, _percent(share)] for step, share in zip(noise["steps"], noise["hallucinated"], strict=True)]
+    """Header and rows of a table."""
+    return ["Noise step", *map(str, noise["steps"])], [
+        ["Descriptions that hallucinate", *map(_percent, noise["hallucinated"])]
+    ]
 
 
 def _samples(folder, run):

@@ -6,12 +6,14 @@ pixels high on the page.
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
+from textwrap import fill
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 PIXELS_PER_INCH = 96  # CSS pixels
 _HEIGHT = 270
+_LABEL_WIDTH = 9  # characters of a line below a bar: four bars' labels fit side by side on a phone
 _INK, _MUTED, _RULE = "#22303c", "#5b6873", "#dfe4e8"
 
 
@@ -25,7 +27,8 @@ def bar_chart(percentages: Mapping[str, Sequence[float]], colors: Mapping[str, s
     """
     axes = _axes(width)
     means = [fmean(values) for values in percentages.values()]
-    axes.bar(list(percentages), means, width=0.62, color=[colors[name] for name in percentages])
+    labels = [fill(name, _LABEL_WIDTH) for name in percentages]
+    axes.bar(labels, means, width=0.62, color=[colors[name] for name in percentages])
     for place, (mean, values) in enumerate(zip(means, percentages.values(), strict=True)):
         if len(values) > 1:
             axes.scatter([place] * len(values), values, s=12, color=_INK, zorder=3)

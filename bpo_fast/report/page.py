@@ -34,8 +34,9 @@ section {
 figure { margin: 0; max-width: 100%; }
 figcaption { font-size: 0.95rem; font-weight: 600; margin-bottom: 0.4rem; }
 .scroll { overflow-x: auto; }
+.scroll + .scroll { margin-top: 1.25rem; }
 .scroll img { display: block; max-width: 100%; height: auto; }
-.numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 1rem; }
+.numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(165px, 1fr)); gap: 1rem; }
 .number { background: var(--card); border: 1px solid var(--rule); border-radius: 14px; padding: 1.1rem 1.3rem; }
 .number b { display: block; font-size: 2.1rem; line-height: 1.2; letter-spacing: -0.03em; }
 .number span { color: var(--muted); font-size: 0.9rem; }

@@ -1,9 +1,12 @@
 """Charts show the numbers they are given, in text that can be read at the size they are shown at."""
 
+from itertools import pairwise
+
 import pytest
 from matplotlib.text import Text
 
 from bpo_fast.report.figures import PIXELS_PER_INCH, bar_chart, line_chart
+from bpo_fast.report.page import NARROW
 
 COLORS = {"first": "#111111", "second": "#222222"}
 
@@ -55,3 +58,13 @@ def test_text_is_at_least_12_pixels_high_and_within_the_chart(draw, width):
     assert drawn.y0 >= 0
     assert drawn.x1 <= figure.get_size_inches()[0]
     assert drawn.y1 <= figure.get_size_inches()[1]
+
+
+def test_labels_of_four_bars_stand_side_by_side_on_a_phone():
+    names = ("Before", "SFT on chosen", "BPO on errors", "BPO")
+    (axes,) = bar_chart({name: [50.0] for name in names}, dict.fromkeys(names, "#111111"), width=NARROW).axes
+    axes.figure.draw_without_rendering()
+    labels = axes.get_xticklabels()
+    assert [label.get_text().replace("\n", " ") for label in labels] == list(names)
+    boxes = [label.get_window_extent() for label in labels]
+    assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
