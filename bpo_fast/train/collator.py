@@ -153,16 +153,16 @@ class PreferenceCollator:
         plan = plan_sequences([sum(map(len, pair.roots)) for pair in pairs], self.token_budget)
         sequences = []
         for members in plan:
-            chosen = [pairs[n] for n in members]
-            packing = pack(_by_roots(pair.roots for pair in chosen))
+            here = [pairs[n] for n in members]
+            packing = pack(_by_roots(pair.roots for pair in here))
             image_rows = torch.nonzero(packing.input_ids == self.image_token_id).flatten()
             numbers = tuple(examples[n]["number"] for n in members if "number" in examples[n])
             if not is_kept and len(plan) > 1:
                 # Image tensors cannot be parted in general, so each sequence's images are processed by themselves.
                 encoded = encode(self.processor, [prompts[n] for n in members], [images[n] for n in members])
             inputs = {} if is_kept else image_inputs(encoded)
-            kept = self._kept([(shown[n], *rendered[n]) for n in members], chosen)
-            others = _weights_of(chosen), *self._noise_of([rendered[n] for n in members], chosen)
+            kept = self._kept([(shown[n], *rendered[n]) for n in members], here)
+            others = _weights_of(here), *self._noise_of([rendered[n] for n in members], here)
             sequences.append(PackedSequence(packing, inputs, image_rows, batch, numbers, *kept, *others))
         return {"sequences": sequences}
 
