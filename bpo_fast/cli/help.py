@@ -34,7 +34,7 @@ def train_groups(loss_options: list[str]) -> dict[str, dict[str, str | None]]:
             "output_dir": "Output folder for checkpoints and adapter; an interrupted run resumes in it.",
         },
         "adapter": dict.fromkeys(_ADAPTER),
-        "loss": dict.fromkeys(loss_options),
+        "loss": dict.fromkeys([*loss_options, "noise_step", "noise_target", "noise_schedule"]),
         "training": {
             "learning_rate": None,
             "lr_scheduler_type": "Course of the learning rate after its warmup.",
