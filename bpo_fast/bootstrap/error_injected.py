@@ -107,15 +107,15 @@ class ErrorInjected:
         self, model: Any, processor: Any, samples: Sequence[Annotation], images: Sequence[Image.Image | None]
     ) -> list[list[Made]]:
         """See `Maker.make`: each sample's responses in the order of `errors`, a failed one among them."""
-        errors = [self.errors_of(sample) for sample in samples]
-        made = [[] for _ in samples]
+        errors, texts = [self.errors_of(sample) for sample in samples], [self.asks(sample) for sample in samples]
+        made: list[list[Made]] = [[] for _ in samples]
         # By place in `errors`, so that a batch on the device has as many prompts as there are samples.
-        asked = [(n, errors[n][place]) for place in range(len(self.errors)) for n in range(len(samples))]
-        prompts = [self._template.ask(error, samples[n].question, samples[n].answer) for n, error in asked]
-        seeds = [draw(self.seed, samples[n], self.kind, error) for n, error in asked]
+        asked = [(n, place) for place in range(len(self.errors)) for n in range(len(samples))]
+        prompts = [texts[n][place] for n, place in asked]
+        seeds = [draw(self.seed, samples[n], self.kind, errors[n][place]) for n, place in asked]
         replies = self._reply(model, processor, prompts, seeds, len(samples))
-        for (n, error), reply in zip(asked, replies, strict=True):
-            made[n].append(self._made(error, samples[n], reply))
+        for (n, place), reply in zip(asked, replies, strict=True):
+            made[n].append(self._made(errors[n][place], samples[n], reply))
         return made
 
     def errors_of(self, sample: Annotation) -> tuple[str, ...]:

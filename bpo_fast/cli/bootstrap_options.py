@@ -8,10 +8,12 @@ from bpo_fast.cli.options import SharedArguments, option, output_option
 from bpo_fast.runs.numbers import COUNT, NOT_NEGATIVE, POSITIVE, SEED, Range
 
 _UNIT = Range("a number from 0 to 1", lambda x: 0 <= x <= 1)
+_WHOLE = Range("a whole number of at least 0", lambda x: x >= 0, whole=True)
+_OF_SERVERS = ("server_model", "server_key_env", "server_concurrency", "server_timeout", "server_retries")
 # Options that have an effect with one kind alone.
 _OF_KINDS = {
     "image_weakened": ("noise_target", "noise_steps", "schedule"),
-    "error_injected": ("errors", "error_template", "server_url", "server_model", "server_key_env"),
+    "error_injected": ("errors", "error_template", "server_url", *_OF_SERVERS),
     "m3po": ("alignment_model", "num_candidates", "alignment_weight", "alignment_margin", "include_annotation"),
 }
 
@@ -30,9 +32,11 @@ class BootstrapArguments(SharedArguments):
         "max_samples": COUNT,
         "rows_per_part": COUNT,
         "num_shards": COUNT,
-        "shard_index": Range("a whole number of at least 0", lambda x: x >= 0, whole=True),
+        "shard_index": _WHOLE,
         "ray_workers": COUNT,
         "server_concurrency": COUNT,
+        "server_timeout": POSITIVE,
+        "server_retries": _WHOLE,
         "num_candidates": Range("a whole number of at least 2", lambda x: x >= 2, whole=True),
         "alignment_weight": _UNIT,
         "alignment_margin": NOT_NEGATIVE,
@@ -77,7 +81,9 @@ class BootstrapArguments(SharedArguments):
     )
     server_model: str | None = option("Model to ask for there.", default=None)
     server_key_env: str | None = option("Environment variable that holds the server's key.", default=None)
-    server_concurrency: int = option("Requests to the server at a time.", default=32)
+    server_concurrency: int = option("Requests to the server at a time, of each process.", default=32)
+    server_timeout: float = option("Seconds to wait for an answer before the server is asked again.", default=300.0)
+    server_retries: int = option("Times that the server is asked again for an answer.", default=20)
     alignment_model: str | None = option("CLIP-like model that scores m3po's candidates.", default=None)
     num_candidates: int = option("Answers that m3po samples for a prompt.", default=8)
     alignment_weight: float = option("Share of the alignment in the M3P-Score.", default=0.5)
@@ -128,14 +134,21 @@ class BootstrapArguments(SharedArguments):
                 raise ValueError(f"{name}: found it without {other}, expected both; give {other}.")
         if self.ray_workers is not None and self.ray is None:
             raise ValueError("ray_workers: found it without ray, expected both; give ray.")
-        if (self.server_url is None) != (self.server_model is None):
-            raise ValueError("server_url: found one of server_url and server_model, expected both; give both.")
+        if self.server_url is not None and self.server_model is None:
+            raise ValueError("server_url: found it without server_model, expected both; give server_model.")
         for kind, names in _OF_KINDS.items():
-            changed = [name for name in names if getattr(self, name) != self.__dataclass_fields__[name].default]
+            changed = self._changed(names)
             if changed and kind not in self.kind_names:
                 raise ValueError(
                     f"{changed[0]}: found it without the kind {kind}, which alone it is for; add {kind} to kinds."
                 )
+
+        if self.server_url is None and (changed := self._changed(_OF_SERVERS)):
+            raise ValueError(f"{changed[0]}: found it without server_url, expected both; give server_url.")
+
+    def _changed(self, names):
+        """Those of the options that have not their default."""
+        return [name for name in names if getattr(self, name) != self.__dataclass_fields__[name].default]
 
     @property
     def kind_names(self) -> list[str]:
@@ -182,7 +195,14 @@ class BootstrapArguments(SharedArguments):
         def injected():
             server = None
             if self.server_url is not None:
-                server = Server(self.server_url, self.server_model, self.server_key_env, self.server_concurrency)
+                server = Server(
+                    self.server_url,
+                    self.server_model,
+                    api_key_env=self.server_key_env,
+                    max_concurrency=self.server_concurrency,
+                    timeout=self.server_timeout,
+                    max_retries=self.server_retries,
+                )
             return ErrorInjected(self.errors or MIXED, self.error_template, self.seed, decoding(), server)
 
         def m3po():

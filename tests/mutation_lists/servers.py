@@ -95,7 +95,7 @@ MUTATIONS = [
     Mutation(
         "errors drawn with one seed for all samples",
         INJECTED,
-        "draw(self.seed, samples[n], self.kind, error)",
+        "draw(self.seed, samples[n], self.kind, errors[n][place])",
         "self.seed",
         "tests/bootstrap/test_error_injected.py::test_responses_are_the_language_models_to_the_prompt_of_each_kind_of_error",
     ),
