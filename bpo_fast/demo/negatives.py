@@ -9,6 +9,7 @@ from torch import nn
 from transformers import ProcessorMixin
 
 from bpo_fast.answers.generate import GenerationSettings
+from bpo_fast.bootstrap.error_injected import ErrorInjected
 from bpo_fast.bootstrap.image_weakened import ImageWeakened
 from bpo_fast.data.annotations import Annotation
 from bpo_fast.demo import world
@@ -16,7 +17,7 @@ from bpo_fast.demo.grade import differences, is_fluent
 from bpo_fast.evaluate.chair import ObjectMatcher
 
 MAX_NEW_TOKENS = 48  # the longest answer of the world has 25
-KINDS = ("image_weakened", "error_injected")
+KINDS = (ImageWeakened.kind, ErrorInjected.kind)
 SHARES = ("changed", "one_place", "fluent")
 _TEXTS = {"question": "prompt", "chosen": "chosen", "rejected": "rejected"}
 

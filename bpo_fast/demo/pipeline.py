@@ -52,9 +52,9 @@ class DemoSettings:
     """What decides the demo's figures.
 
     All trainings share samples, order, steps, learning rate and adapter. SFT differs by its loss, BPO on injected
-    errors by its rejected answers. BPO's loss is the preference
-    term with label smoothing, and SFT's own loss beside it: without these two it breaks sentences, since a rejected
-    answer shares most of its words with the chosen one. The defaults were chosen on `CHOSEN_ON_SEEDS`.
+    errors by its rejected answers. BPO's loss is the preference term with label smoothing, and SFT's own loss beside
+    it: without these two it breaks sentences, since a rejected answer shares most of its words with the chosen one.
+    The defaults were chosen on `CHOSEN_ON_SEEDS`.
     """
 
     num_annotations: int = 1500

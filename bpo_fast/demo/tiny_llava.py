@@ -10,6 +10,9 @@ vision tower learns to see an unbiased world (stage 1), the language model reads
 answer questions about an unbiased world (3). Stage 4 goes on with images of a biased world that are hard to make out:
 saying what is typical pays there, and becomes a habit that overrules images as clear as day. So the image features
 hold the truth, but the model says what usually is there: preference training of the language model can put that right.
+
+Beside their own task, stages 2 to 4 learn another, of text alone: to repeat an answer with one error put in, as
+`bootstrap.error_injected` asks it of a model. All three, so that none unlearns it.
 """
 
 import argparse
@@ -49,7 +52,7 @@ PATCH = 8
 FEATURE_SCALE = 0.5  # root mean square of the features: the last steps of the noise schedule hide an image
 CORPUS_BIAS = 0.99
 HABIT_STEPS = (700, 999)  # noise on the images of stage 4
-REWRITING_BATCH = 32
+REWRITING_BATCH = 32  # answers to rewrite in each step of stages 2 to 4
 NO_OBJECT = len(world.COLORS), len(world.SHAPES)  # color and shape label of an empty patch
 
 # LLaVA-1.5's "USER: <image>\nquestion ASSISTANT: answer", closed by </s> as Vicuna was trained.
