@@ -77,6 +77,7 @@ def test_what_is_dropped(name, rejected):
         ("Ha ha ha!", "Ho ho ho!"),
         ("The image of a text on a sign cannot be seen from here.", "I can see the image of a dog on the sign."),
         ("The sign says: No image provided.", "The sign says: Please upload an image."),
+        ("The screen says: Cannot open the picture.", "The screen says: Unable to load the image."),
         ("It is not possible to tell who took the photo.", "I cannot tell who took the photo, but there is a dog."),
         ("The robot is shown as an AI assistant.", "The man is shown as a language teacher."),
         ("What is on the table is a cup.", "What stands there is a plate."),

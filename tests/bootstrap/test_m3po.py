@@ -57,6 +57,11 @@ def test_the_choice_by_hand(weight, margin, expected):
     assert choose(BY_HAND, m3p_scores(BY_HAND, weight), margin) == expected
 
 
+def test_an_answer_that_fits_better_is_never_dispreferred():
+    confident = pool((0.5, -3.0), (0.3, -0.5), (0.1, -4.0))
+    assert choose(confident, m3p_scores(confident, 0.3), 0.01) == (1, 2)
+
+
 def test_ties_are_broken_by_the_order():
     tied = pool((0.3, -1.0), (0.3, -1.0), (0.1, -2.0), (0.1, -2.0))
     assert choose(tied, m3p_scores(tied, 0.5), 0.01) == (0, 2)

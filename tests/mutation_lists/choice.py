@@ -89,7 +89,7 @@ MUTATIONS = [
         _M3PO,
         "pool[best].alignment - candidate.alignment >= margin",
         "abs(pool[best].alignment - candidate.alignment) >= margin",
-        f"{_M3PO_TESTS}the_choice_by_hand",
+        f"{_M3PO_TESTS}an_answer_that_fits_better_is_never_dispreferred",
     ),
     Mutation(
         "a dispreferred answer that the model is not confident of",
