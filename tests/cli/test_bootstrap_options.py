@@ -74,7 +74,10 @@ def world(tmp_path, monkeypatch):
     [
         (["--num_candidates", "4"], "num_candidates: found it without the kind m3po, which alone it is for; add m3po"),
         (["--noise_step", "null", "--schedule", "linear"], "schedule: found it without the kind image_weakened"),
-        (["--kinds", "error_injected", "--server_model", "s"], "server_url: found one of server_url and server_model"),
+        (
+            ["--kinds", "error_injected", "--server_model", "s"],
+            "server_model: found it without server_url, expected both",
+        ),
         (["--num_shards", "2"], "num_shards: found it without shard_index, expected both; give shard_index"),
         (["--ray_workers", "2"], "ray_workers: found it without ray, expected both; give ray"),
         (["--kinds", "image_weakened", "--noise_step", "null"], "noise_step: found null for image_weakened, expected"),
