@@ -111,8 +111,8 @@ def _list(text):
 
 def _lines(text):
     while text.peek():
-        place, number = text.place, text.line
-        yield place, parse_json(text.rest_of_line(), text.path, number)
+        place, number, before = text.place, text.line, " " * (text.column - 1)  # so that columns count from the line's
+        yield place, parse_json(before + text.rest_of_line(), text.path, number)
 
 
 class _Text:
