@@ -51,7 +51,8 @@ def world(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(find_spec("bpo_fast.models.merge") is None, reason="needs bpo_fast.models.merge")
 def test_the_commands_and_the_adapter_in_transformers_run(world, capsys):
-    assert [argv[0] for argv in commands()] == ["doctor", "demo", "bootstrap", "train", "evaluate", "plan", "merge"]
+    named = [argv[0] for argv in commands()]
+    assert named == ["doctor", "demo", "bootstrap", "browse", "train", "evaluate", "plan", "merge"]
     for argv in commands()[2:]:
         if argv[0] == "plan":  # needs no file; tests/plan/test_run.py runs it
             continue

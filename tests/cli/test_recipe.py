@@ -66,6 +66,18 @@ def test_llava_recipes_hold_the_papers_settings(size):
     assert bootstrap("--config", f"llava-1.5-{size}").max_response_words == 350
 
 
+def test_the_mixture_is_the_papers():
+    options = parse_arguments([BootstrapArguments], ["--config", "bpo-mix"], command="bootstrap")[0].run_options()
+    counts = {source.name: source.samples for source in options["sources"]}
+    assert counts == {"sharegpt4v": 57_906, "llavar": 55_445, "llava_instruct": 54_359}
+    assert [maker.kind for maker in options["kinds"]] == ["image_weakened", "error_injected"]
+
+
+def test_each_of_several_values_is_one_of_the_choices(recipe):
+    with pytest.raises(ValueError, match=r"'kinds': found 'error_injecte', expected one of 'image_weakened', 'err"):
+        bootstrap(*recipe("model_name_or_path: x\nbootstrap: {kinds: [sft, error_injecte]}"))
+
+
 def test_options_win_over_the_section_and_the_section_over_the_shared_keys(recipe):
     config = recipe(
         "model_name_or_path: llava\ndtype: float16\n"
@@ -169,7 +181,7 @@ def test_mistakes_of_a_recipe(recipe, text, message):
         (["--noise_step"], "^--noise_step: found another number of values, expected one argument; see bpo-fast"),
         (["--config"], "^--config: found no value, expected a recipe"),
         (["--config", "tiny", "--config=tiny"], "^--config: found it twice, expected one recipe"),
-        (["--config", "/"], r"^--config: found the folder '/', expected a file or one of llava-1\.5-13b"),
+        (["--config", "/"], r"^--config: found the folder '/', expected a file or one of bpo-mix, llava-1\.5-13b"),
         (
             ["--config", "x" * 300],
             r"^--config: found a name that is no file's \(File name too long\), expected a recipe",
@@ -200,7 +212,7 @@ def test_missing_options_and_recipes():
         bootstrap()
     with pytest.raises(
         FileNotFoundError,
-        match=r"^--config: found no file 'none', expected a file or one of llava-1\.5-13b, llava-1\.5-7b, "
+        match=r"^--config: found no file 'none', expected a file or one of bpo-mix, llava-1\.5-13b, llava-1\.5-7b, "
         r"llava15-13b-24gb, llava15-13b-a40, llava15-7b-16gb, tiny\.$",
     ):
         bootstrap("--config", "none")
