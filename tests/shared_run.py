@@ -44,7 +44,7 @@ class Reversed:
         time.sleep(self.seconds)
         with open(self.notes, "a") as file:
             file.write(f"{os.getpid()} {' '.join(sample.id for sample in samples)}\n")
-        assert all(image.size == (4, 4) for image in images)
+        assert all(image.mode == "RGB" for image in images)
         return [[Made(" ".join(reversed(sample.answer.split())))] for sample in samples]
 
 

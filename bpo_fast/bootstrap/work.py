@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from bpo_fast.answers.images import read_ahead
-from bpo_fast.answers.score import Score, score_answers
+from bpo_fast.answers.score import Score, check_scoring, score_answers
 from bpo_fast.bootstrap.filters import check
 from bpo_fast.bootstrap.job import Job
 from bpo_fast.bootstrap.kept import FIELDS, Kept
@@ -203,6 +203,8 @@ class Worker:
             self._model = self._job.given.load()
             self._was_training = self._model[0].training
             self._model[0].eval()
+            if self._job.score_pairs:
+                check_scoring(*self._model)
         return self._model
 
     def _begin(self):

@@ -155,13 +155,14 @@ def check_weakening(model: nn.Module, image_inputs: dict[str, torch.Tensor], wea
     between rows of its own, as LLaVA-NeXT does, has no such order.
 
     Raises:
-        ValueError: the projector's rows are not the model's image features, one by one.
+        ValueError: the projector's rows are not the model's image features one by one, but for rounding.
     """
     if weakening.target == "projected":
         return
     clean, maps = _features_and_maps(model, image_inputs)
-    rows = _module(model, "features")(maps)
-    if not torch.equal(rows.reshape(-1, rows.shape[-1]), clean):
+    rows = _module(model, "features")(maps).reshape(-1, clean.shape[-1])
+    # A GPU may choose another product for the copy of the maps; rows of others' places differ by their own size.
+    if rows.shape != clean.shape or (rows - clean).float().norm() > 0.1 * clean.float().norm():
         raise ValueError(
             f"noise_target: found '{weakening.target}' for {type(base_model(model)).__name__}, whose image tokens are "
             "not its projector's rows one by one, expected 'projected'; set it."

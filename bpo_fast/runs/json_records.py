@@ -21,7 +21,7 @@ LONGEST_RECORD = 1 << 26  # characters
 _ONE_RECORD = 1 << 13
 _BLANK = re.compile(r"[ \t\n\r]*")
 _DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
-# A value that the window cuts may look wrong this near to the window's end: "tru", "\ud83d\ude0".
+# A value that the window cuts may look wrong this near to the window's end ("tru", "\ud83d\ude0"), or whole ("12.").
 _LONGEST_TOKEN = 16
 
 
@@ -111,8 +111,8 @@ def _list(text):
 
 def _lines(text):
     while text.peek():
-        place, number = text.place, text.line
-        yield place, parse_json(text.rest_of_line(), text.path, number)
+        place, number, before = text.place, text.line, " " * (text.column - 1)  # so that columns count from the line's
+        yield place, parse_json(before + text.rest_of_line(), text.path, number)
 
 
 class _Text:
@@ -153,7 +153,8 @@ class _Text:
         while True:
             try:
                 value, end = _DECODER.raw_decode(self.buffer, self.at)
-                if end < len(self.buffer) or self.ended:  # a number may go on
+                may_go_on = isinstance(value, int | float) and end > len(self.buffer) - _LONGEST_TOKEN
+                if self.ended or not may_go_on:
                     self.skip(end - self.at)
                     return value
             except json.JSONDecodeError as error:

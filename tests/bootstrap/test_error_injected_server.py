@@ -11,13 +11,15 @@ import pytest
 pytest.importorskip("openai", reason="needs openai: pip install 'openai>=3.57'")
 
 import torch
-from openai_server import FAULTS, MODEL, NO_ANSWER, Proxy, answer, make_llama, transformers_serve
+from openai_server import FAULTS, MODEL, NO_ANSWER, Proxy, answer, completion, make_llama, transformers_serve
 from PIL import Image
 
 from bpo_fast.answers.generate import GenerationSettings, Response
 from bpo_fast.answers.server import Server
 from bpo_fast.bootstrap import bootstrap
 from bpo_fast.bootstrap.error_injected import ErrorInjected
+from bpo_fast.cli.main import main
+from bpo_fast.data import load_preference_dataset
 
 KEY = "sk-not-to-be-seen-0123456789"
 COUNT = 16
@@ -131,4 +133,24 @@ def test_a_run_through_all_faults_ends_as_one_without_and_holds_no_key(
     said = caplog.text + str(raised.value) + "".join(str(vars(record)) for record in caplog.records)
     assert "***" in str(raised.value)
     assert KEY not in written + said + repr(asking)
+    assert set(proxy.keys) == {f"Bearer {KEY}"}
+
+
+def test_the_command_line_loads_no_model_and_shows_no_key(annotated, maker, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("THE_KEY", KEY)
+    maker("http://localhost/v1")  # writes the template
+    records, images = annotated
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    listed = answer({"object": "list", "data": [{"id": MODEL, "object": "model"}]})
+    with Proxy(fault=lambda _, body: answer(completion("w50 w51")) if body else listed) as proxy:
+        asked = ["--server_url", proxy.url, "--server_model", MODEL, "--server_key_env", "THE_KEY"]
+        files = ["--annotations", tmp_path / "data.json", "--image_folder", images, "--output_dir", tmp_path / "out"]
+        kind = ["--kinds", "error_injected", "--error_template", tmp_path / "template.json"]
+        command = ["bootstrap", "--model_name_or_path", "someone/elsewhere", *asked, *files, *kind]
+        assert main([*map(str, command)]) == 0
+    pairs = load_preference_dataset(tmp_path / "out")
+    assert [pair["rejected"][0]["content"][0]["text"] for pair in pairs] == ["w50 w51"] * COUNT
+    assert {pair["model"] for pair in pairs} == {MODEL}
+    written = b"".join(contents(tmp_path / "out").values()).decode(errors="replace")
+    assert KEY not in written + "".join(capsys.readouterr())
     assert set(proxy.keys) == {f"Bearer {KEY}"}

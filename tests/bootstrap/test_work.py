@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from shared_run import NUM_SAMPLES, Reversed, contents, make_samples, notes, run, start
+from tiny_families import REFUSED
 from tiny_models import SPECIAL
 
 from bpo_fast.answers.sampling import GenerationSettings
@@ -17,6 +18,7 @@ from bpo_fast.bootstrap import bootstrap
 from bpo_fast.bootstrap.filters import FilterOptions
 from bpo_fast.bootstrap.image_weakened import ImageWeakened
 from bpo_fast.bootstrap.run import own_device
+from bpo_fast.bootstrap.self_generated import SelfGenerated
 from bpo_fast.bootstrap.sft import ChosenOnly
 from bpo_fast.data import load_preference_dataset
 from bpo_fast.runs.files import read_json
@@ -183,6 +185,15 @@ def test_batches_of_1_4_and_16_write_the_same_bytes_with_log_probs_of_each_pair_
     fewer = bootstrap(model, processor, *annotated, out, **options)
     assert len(fewer) == len(pairs) - 4
     assert {skip["cause"] for skip in read_json(out / "skipped.jsonl")} == {"logp_gap"}
+
+
+def test_a_model_whose_log_probs_would_be_wrong_is_refused_first(annotated, tmp_path):
+    make, *_ = REFUSED["Qwen2-VL"]
+    out = tmp_path / "out"
+    options = {"kinds": [SelfGenerated(decoding=GenerationSettings(2))]}
+    with pytest.raises(ValueError, match=r"^model: found Qwen2VL.* docs/models.md lists"):
+        bootstrap(*make(), *annotated, out, score_pairs=True, **options)
+    assert not list(out.glob("parts/*.jsonl"))
 
 
 def num_tokens(processor, response):

@@ -36,6 +36,13 @@ MUTATIONS = [
         f"{_SCORE_TESTS}eight_candidates_in_one_forward_score_as_each_by_itself",
     ),
     Mutation(
+        "log-probs of a model that packed sequences are wrong for",
+        "bpo_fast/bootstrap/work.py",
+        "            if self._job.score_pairs:\n",
+        "            if False:\n",
+        "tests/bootstrap/test_work.py::test_a_model_whose_log_probs_would_be_wrong_is_refused_first",
+    ),
+    Mutation(
         "words of Hindi that are one without their vowel signs",
         _FILTERS,
         '        is_punctuation = unicodedata.category(letter).startswith("P") and letter not in self._MEANT\n',

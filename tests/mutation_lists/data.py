@@ -69,7 +69,7 @@ MUTATIONS = [
     Mutation(
         "a number that the window cuts in two",
         "bpo_fast/runs/json_records.py",
-        "                if end < len(self.buffer) or self.ended:  # a number may go on\n",
+        "                if self.ended or not may_go_on:\n",
         "                if True:\n",
         "tests/runs/test_json_records.py::test_every_record_comes_whole_and_can_be_read_again_by_its_place",
     ),

@@ -68,7 +68,7 @@ MUTATIONS = [
     Mutation(
         "noise by feature maps where a model puts them together with rows of its own",
         "bpo_fast/models/weakened_roots.py",
-        "    if not torch.equal(rows.reshape(-1, rows.shape[-1]), clean):\n",
+        "    if rows.shape != clean.shape or (rows - clean).float().norm() > 0.1 * clean.float().norm():\n",
         "    if False:\n",
         f"{SECOND_ROOTS}::test_tiles_that_are_put_together_are_refused_where_the_noise_goes_by_maps",
     ),

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from bpo_fast.runs.folder import claim_folder, holds_run, locked_folder
+from bpo_fast.runs.folder import claim_folder, held, holds_run, locked_folder, shared_folder
 
 
 def test_claim_folder(tmp_path):
@@ -132,3 +132,42 @@ def test_a_folder_of_someone_else_is_one_sentence(tmp_path):
         locked_folder(tmp_path),
     ):
         pass
+
+
+def test_processes_of_one_purpose_share_a_folder_that_keeps_the_others_out(tmp_path, monkeypatch):
+    monkeypatch.setattr("bpo_fast.runs.folder.LONGEST_START", 0.1)
+    run = tmp_path / "run"
+    with shared_folder(run, "a") as first:
+        (run / "data").mkdir()
+        (run / "data/.part.7.tmp").touch()
+        with shared_folder(run, "a") as second:
+            assert first == second == run
+            assert (run / "data/.part.7.tmp").exists()  # a file that another process is writing
+            with pytest.raises(ValueError, match=r"found another process at work in .*run'"), locked_folder(run):
+                pass
+            with pytest.raises(ValueError, match=r"found a process at work in .*run' on something else"):
+                shared_folder(run, "b").__enter__()
+        with pytest.raises(ValueError, match="on something else"):  # one of purpose a is still there
+            shared_folder(run, "b").__enter__()
+    assert [path.name for path in run.iterdir()] == ["data"]
+    with shared_folder(run, "b"):
+        assert not (run / "data/.part.7.tmp").exists()  # nobody was there to write it
+    with locked_folder(run), pytest.raises(ValueError, match="found another process at work"), shared_folder(run, "b"):
+        pass
+
+
+def test_a_held_lock_is_given_back_by_a_kill(tmp_path):
+    lock = tmp_path / ".part.lock"
+    code = (
+        "import sys, time; from bpo_fast.runs.folder import held; lock = held(sys.argv[1]); lock.__enter__();"
+        "print(flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(lock)], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        with held(lock, wait=False) as mine:
+            assert not mine
+        process.kill()
+        process.wait()
+        with held(lock, wait=False) as mine:
+            assert mine
+    assert not lock.exists()
