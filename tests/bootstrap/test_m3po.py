@@ -1,3 +1,4 @@
+import json
 import random
 from dataclasses import replace
 
@@ -10,9 +11,10 @@ from tiny_models import SPECIAL, make_llava, make_processor
 
 from bpo_fast.answers.generate import GenerationSettings, Response, generate
 from bpo_fast.answers.score import Score, score_answers
-from bpo_fast.bootstrap import m3po
+from bpo_fast.bootstrap import bootstrap, m3po
 from bpo_fast.bootstrap.m3po import M3PO, Candidate, choose, m3p_scores
 from bpo_fast.bootstrap.maker import Made, draw
+from bpo_fast.bootstrap.sft import ChosenOnly
 from bpo_fast.data import Annotation
 from bpo_fast.models.clip import load_clip
 
@@ -292,3 +294,32 @@ def test_settings_say_what_decides(clip_folder, tmp_path):
 def test_options_out_of_range_are_a_sentence(options, said):
     with pytest.raises(ValueError, match=f"^{said}"):
         M3PO(**{"alignment_model": "clip"} | options)
+
+
+def test_a_run_writes_its_pairs_and_counts_what_gave_none(tiny_llava, clip_folder, tmp_path):
+    records = []
+    for sample, image in zip(SAMPLES, IMAGES, strict=True):
+        image.save(tmp_path / sample.image)
+        turns = [{"from": "human", "value": f"<image>\n{sample.question}"}, {"from": "gpt", "value": "w4 w40"}]
+        records.append({"id": sample.id, "image": sample.image, "conversations": turns})
+    found = {}
+    for margin in (0.0, 2.0):  # opposite cosines alone are so far apart
+        for batch_size in (1, 4):
+            out = tmp_path / f"{margin} {batch_size}"
+            maker = M3PO(clip_folder, 5, margin=margin, seed=4, decoding=DECODING)
+            options = {"kinds": [maker, ChosenOnly()], "batch_size": batch_size}
+            pairs = bootstrap(*tiny_llava, records, tmp_path, out, **options)
+            found[margin, batch_size] = pairs.to_list(), (out / "skipped.jsonl").read_text()
+        assert found[margin, 1] == found[margin, 4]
+    pairs, skipped = found[0.0, 1]
+    chosen = [pair for pair in pairs if pair["rejected_type"] == "m3po"]
+    assert chosen
+    for pair in chosen:
+        details = json.loads(pair["details"])
+        assert pair["chosen"] != pair["rejected"]
+        assert pair["chosen"][0]["content"][0]["text"] != "w4 w40"
+        assert details["alignment_chosen"] >= details["alignment_rejected"]
+        assert json.loads(pair["decoding"])["do_sample"] is True
+    causes = [json.loads(line)["cause"] for line in skipped.splitlines()]
+    assert len(chosen) + len(causes) == 2
+    assert {json.loads(line)["cause"] for line in found[2.0, 1][1].splitlines()} == {"m3po_margin"}
