@@ -227,10 +227,9 @@ def _check_value(where: str, value: Any, hint: Any, choices: Collection[str] | N
         _check_null(where, hint)
     elif not fits(value, hint):
         raise ValueError(f"{where}: found {shown(value)}, expected {described(hint)}{remedy(value, hint)}.")
-    elif choices and (
-        odd := [each for each in (value if isinstance(value, list) else [value]) if each not in choices]
-    ):
-        raise ValueError(f"{where}: found {odd[0]!r}, expected one of {', '.join(map(repr, choices))}.")
+    for entry in value if isinstance(value, list) else [value]:
+        if choices and entry is not None and entry not in choices:
+            raise ValueError(f"{where}: found {entry!r}, expected one of {', '.join(map(repr, choices))}.")
 
 
 def _check_empty(options: object) -> None:
