@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from bpo_fast.answers.sampling import Choice
 
-# Tokens that a cache grows by. It is copied then, and ended rows are left out of the copy.
+# Tokens that a cache grows by.
 ROOM = 16
 
 
@@ -118,9 +118,9 @@ def decode(
     decoder = Decoder(model, embeds, mask)
     for place in range(choose.settings.max_new_tokens):
         tokens, sure = choose(decoder.logits, rows, place)
-        found = tokens.tolist()
+        found, certain = tokens.tolist(), sure.tolist()
         for n, row in enumerate(live):
-            if row is not None and not sure[n]:
+            if row is not None and not certain[n]:
                 logits = alone(row, answers[row])
                 found[n] = int(choose(logits[None], rows[n : n + 1], place)[0])
                 tokens[n] = found[n]
@@ -131,7 +131,8 @@ def decode(
         left = [n for n, row in enumerate(live) if row is not None]
         if not left or place + 1 == choose.settings.max_new_tokens:
             break
-        if len(left) < len(live) and place and place % ROOM == 0:  # the cache is about to grow
+        # Half of them have ended, or the cache is about to grow.
+        if 2 * len(left) <= len(live) or (len(left) < len(live) and place % ROOM == 0):
             kept = torch.tensor(left, device=rows.device)
             rows, tokens, live = rows[kept], tokens[kept], [live[n] for n in left]
             decoder.keep(kept)

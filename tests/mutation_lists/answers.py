@@ -8,14 +8,14 @@ MUTATIONS = [
         "bpo_fast/answers/generate.py",
         "range(len(prompts)) if seeds is None else seeds",
         "range(len(prompts))",
-        "tests/answers/test_decode.py::test_batch_size_and_order_change_no_answer",
+        "tests/answers/test_decode.py::test_batch_size_and_order_change_no_answer[sampled]",
     ),
     Mutation(
         "level tokens chosen by the rounding of a batch",
         "bpo_fast/answers/decode.py",
-        "if row is not None and not sure[n]:",
+        "if row is not None and not certain[n]:",
         "if False:",
-        "tests/answers/test_decode.py::test_rounding_that_goes_with_the_batch_changes_no_answer",
+        "tests/answers/test_decode.py::test_rounding_that_goes_with_the_batch_changes_no_answer[greedy]",
     ),
     Mutation(
         "a nucleus whose border is taken for certain",
@@ -36,7 +36,7 @@ MUTATIONS = [
         "bpo_fast/answers/plain.py",
         "known[with_images] = _alike(base, prompts.trial())",
         "known[with_images] = True",
-        "tests/answers/test_decode.py::test_a_family_that_needs_more_answers_by_its_own_generate",
+        "tests/answers/test_decode.py::test_a_family_that_needs_more_answers_by_its_own_generate[Qwen2-VL]",
     ),
     Mutation(
         "noise that goes with the place in a batch",
