@@ -245,8 +245,8 @@ def _dequantised(weight: Tensor, state, room: Callable | None) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
     packed = weight.detach()
-    # bitsandbytes writes into a given tensor on a GPU alone; a fake tensor may stand for one that is there.
-    out = room(weight, state.shape, state.dtype) if room and (weight.is_cuda or is_fake(weight)) else None
+    # bitsandbytes writes into a given tensor on a GPU alone, and its form for fake tensors into none.
+    out = room(weight, state.shape, state.dtype) if room and weight.is_cuda and not is_fake(weight) else None
     return dequantize_4bit(packed, state, out=out)
 
 
