@@ -168,7 +168,7 @@ def test_sft_trains_another_adapter_on_the_same_pairs(world):
             ["bootstrap", "--model_name_or_path", "model"],
             "annotations: found none, expected a file of them; give --an",
         ),
-        (["train", "--config", "none.yaml"], "--config: found no file 'none.yaml', expected a file or one of llava-1"),
+        (["train", "--config", "none.yaml"], "--config: found no file 'none.yaml', expected a file or one of bpo-mix"),
         (["train", *RUN, "--dataset", "none"], "dataset: found nothing at 'none', expected preference pairs"),
         (["train", *RUN, "--dataset", "images"], "dataset: found no metadata.json in 'images'"),
         (["train", *RUN, "--dataset", "x", "--loss_type", "dpo"], "loss_type"),

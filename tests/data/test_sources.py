@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from bpo_fast.data.sources import Source, parse_sources
 
+RECIPE = Path(__file__).parents[2] / "recipes/bpo-mix.yaml"
 ENTRY = {"name": "a", "annotations": "a.json"}
 
 
@@ -22,7 +24,7 @@ ENTRY = {"name": "a", "annotations": "a.json"}
         ([ENTRY | {"imagefolder": "x"}], "; did you mean image_folder?"),
         ([ENTRY | {3: "x"}], "sources[0], 3: found an unknown name, expected name, "),
         ([ENTRY, ENTRY], "sources: found the name 'a' twice, expected each source to have its own."),
-        ([ENTRY | {"name": ""}], "sources[0]: source, name: found '', expected a text."),
+        ([ENTRY | {"name": " "}], "sources[0]: source, name: found ' ', expected a text."),
         ([ENTRY | {"name": 7}], "sources[0]: source, name: found 7, expected a text."),
         ([ENTRY | {"name": "\ud83d"}], "sources[0]: source, name: found '\\ud83d', expected a text."),
         ([ENTRY | {"annotations": ""}], "source 'a', annotations: found '', expected a path or a data set's name."),
@@ -69,3 +71,13 @@ def test_images_lie_beside_the_annotations_unless_a_folder_is_given(tmp_path, mo
     assert Source(name="x", annotations="nobody/on-the-hub").folder is None
     with pytest.raises(FileNotFoundError, match="image_folder: found no folder 'c', expected that of the images"):
         Source(name="x", annotations="a/b.json", image_folder="c").open()
+
+
+def test_the_recipe_of_the_papers_mix_has_its_counts():
+    sources = parse_sources(yaml.safe_load(RECIPE.read_text())["bootstrap"]["sources"])
+    assert {source.name: source.samples for source in sources} == {
+        "sharegpt4v": 57_906,
+        "llavar": 55_445,
+        "llava_instruct": 54_359,
+    }
+    assert sum(source.samples for source in sources) == 167_710
