@@ -20,8 +20,8 @@ from bpo_fast.data.conversations import LLAVA, Columns
 from bpo_fast.data.images import Embedded
 from bpo_fast.runs.text import shown
 
-# Mapped pages count as memory of the process until they are given back.
-_BATCHES_KEPT = 64
+# Batches of a pass after which their pages, which count as memory of the process, are given back.
+_BATCHES_KEPT = 8
 
 
 class TableRecords:
@@ -84,11 +84,14 @@ class TableRecords:
             for number, (batch, start) in enumerate(zip(file.batches, file.starts, strict=False), start=1):
                 yield from enumerate(self._records(batch, first + start), start=first + start)
                 if number % _BATCHES_KEPT == 0 or number == len(file.batches):
-                    file.mapped.madvise(mmap.MADV_DONTNEED)
+                    file.give_back()
 
     def read(self, rows: Iterable[int]) -> list[dict]:
         """The records of these rows."""
-        return [self._records(self._row(row), row)[0] for row in rows]
+        records = [self._records(self._row(row), row)[0] for row in rows]
+        for file in self._files:
+            file.give_back()
+        return records
 
     def image_bytes(self, row: int) -> bytes | None:
         """The embedded image of a row; None if it is given by its path."""
@@ -135,6 +138,10 @@ class _ArrowFile:
             self.batches = list(file)
         self.schema = file.schema
         self.starts = list(accumulate(map(len, self.batches), initial=0))
+
+    def give_back(self) -> None:
+        """Let the pages go that were read; they are mapped again when they are looked at."""
+        self.mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def _images(column: pa.Array, row: int) -> list[Any]:
