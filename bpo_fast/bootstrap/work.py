@@ -24,8 +24,9 @@ from bpo_fast.runs.files import read_json, write_json
 from bpo_fast.runs.folder import held, read_run
 from bpo_fast.runs.journal import Journal
 
-# Samples in a batch of a kind that asks no model: of a server, which answers many at a time.
-WITHOUT_MODEL = 64
+# Samples in a batch of a kind that asks no model but a server: many times the requests that are made at a time, since
+# fewer of them overlap towards the end of a batch.
+WITHOUT_MODEL = 256
 # Seconds between two looks at the parts that other processes work on.
 POLL = 1.0
 
@@ -127,11 +128,11 @@ class Worker:
         # large for the memory fails at once and not after hours.
         items = sorted(missing.items(), key=lambda item: -len(item[1].answer))
         size = self._job.batch_size if maker.needs_model else max(self._job.batch_size, WITHOUT_MODEL)
-        for batch in self._readable(items, size, faults):
+        for batch in self._readable(items, size, faults, keep=maker.needs_images):
             keys, samples, images = zip(*batch, strict=True)
             model, processor = self._ready(maker)
             self._begin()
-            made = maker.make(model, processor, samples, images if maker.needs_images else [None] * len(images))
+            made = maker.make(model, processor, samples, images)
             records = zip(keys, samples, made, strict=True)
             journal.append(
                 [
@@ -171,16 +172,19 @@ class Worker:
         return {key: tuple(Score(*score) for score in record["made"]) for key, record in records.items() if record}
 
     def _readable(
-        self, items: Sequence[tuple[str, Annotation]], size: int, faults: dict[str, Fault]
-    ) -> Iterator[list[tuple[str, Annotation, Image.Image]]]:
-        """Batches of those whose image can be read; `faults` gets what is wrong with the others'."""
+        self, items: Sequence[tuple[str, Annotation]], size: int, faults: dict[str, Fault], *, keep: bool = True
+    ) -> Iterator[list[tuple[str, Annotation, Image.Image | None]]]:
+        """Batches of those whose image can be read; `faults` gets what is wrong with the others'.
+
+        Images that nobody looks at are not kept, and no more are read ahead than fill two batches of the run.
+        """
         files, batch = (image_of(self._job, sample) for _, sample in items), []
-        for (key, sample), image in zip(items, read_ahead(files, 2 * size), strict=True):
+        for (key, sample), image in zip(items, read_ahead(files, 2 * self._job.batch_size), strict=True):
             if isinstance(image, ValueError):
                 faults[key] = Fault(str(image))
                 self._progress.known(1)
                 continue
-            batch.append((key, sample, image))
+            batch.append((key, sample, image if keep else None))
             if len(batch) == size:
                 yield batch
                 batch = []
