@@ -50,8 +50,8 @@ class Candidate(NamedTuple):
 def m3p_scores(pool: Sequence[Candidate], alignment_weight: float) -> list[float]:
     """The M3P-Score of each candidate.
 
-    >>> m3p_scores([Candidate("a", 0.3, -1.0), Candidate("b", 0.1, -3.0), Candidate("c", 0.2, -2.0)], 0.5)
-    [1.224744871391589, -1.224744871391589, 0.0]
+    >>> m3p_scores([Candidate("a", 0.5, -1.0), Candidate("b", 0.25, -3.0)], 0.5)
+    [1.0, -1.0]
     """
     alignments = _standardised([candidate.alignment for candidate in pool])
     confidences = _standardised([candidate.confidence for candidate in pool])
