@@ -217,7 +217,7 @@ def test_a_model_is_loaded_from_its_path(tiny_llava, annotated, tmp_path):
 def test_a_finished_run_is_not_made_again(tiny_llava, annotated, tmp_path, monkeypatch, capsys):
     path, out = save(tiny_llava, tmp_path / "model"), tmp_path / "out"
     expected = bootstrap(path, None, *annotated, out, **OPTIONS)
-    assert "finished" not in capsys.readouterr().err
+    assert "finished already" not in capsys.readouterr().err
     before = contents(out), {name: (out / name).stat().st_mtime_ns for name in OUTPUTS}
     monkeypatch.setattr(GivenModel, "load", lambda given: pytest.fail("loaded"))
     again = bootstrap(path, None, *annotated, out, **OPTIONS)
