@@ -39,7 +39,7 @@ class FilterOptions:
         max_repetition: responses in loops: most of the stretches of 20 characters, from 0 to 1, that may have occurred
             before in the response. None keeps all.
         drop_refusals: responses that say that there is no image to see, or that a language model does not answer.
-        drop_echoes: responses that begin with the question, or go on with the other side's next turn.
+        drop_echoes: responses that begin with the question, and made ones that go on with the other side's next turn.
         drop_truncated: rejected responses that were cut at max_new_tokens.
         min_logp_gap: pairs whose log-probs a token are closer than this, in nats, in whichever order; None keeps all.
 
@@ -69,6 +69,7 @@ class Pair:
         question: the last one of the prompt.
         chosen: the chosen response.
         rejected: the rejected one, None where there is none.
+        annotated: the chosen one is the annotated answer, and not made.
         truncated: the rejected one was cut.
         scores: of chosen and rejected, once they are known.
     """
@@ -76,6 +77,7 @@ class Pair:
     question: str
     chosen: str
     rejected: str | None
+    annotated: bool = True
     truncated: bool = False
     scores: tuple[Score, Score] | None = None
 
@@ -107,8 +109,9 @@ def check(
     """
     if made.fault:
         return made.fault
-    chosen = sample.answer if made.chosen is None else made.chosen
-    pair = Pair(sample.question, chosen, made.rejected, made.truncated, scores)
+    annotated = made.chosen is None
+    chosen = sample.answer if annotated else made.chosen
+    pair = Pair(sample.question, chosen, made.rejected, annotated, made.truncated, scores)
     for name, find in FILTERS.items():
         if (name in OF_SCORES) == (scores is not None) and (reason := find(pair, options)):
             return f"{name}: {reason}"
@@ -224,10 +227,12 @@ def _echo(pair, options):
         return None
     question = normalised(pair.question)
     counts = len(question.encode()) >= SHORTEST_ECHO
-    for response in pair.responses:
+    for place, response in enumerate(pair.responses):
         if counts and f"{normalised(response)} ".startswith(f"{question} "):
             return "a response that begins with the question"
-        if match := _NEXT_TURN.search(response):
+        # In an annotated answer it is text of the image.
+        is_made = place > 0 or not pair.annotated
+        if is_made and (match := _NEXT_TURN.search(response)):
             return f"a response with another turn in it, '{match[0]}'"
     return None
 

@@ -54,7 +54,9 @@ def dropped(rejected, chosen=CHOSEN, question="What is in the image?", options=A
 def test_what_is_dropped(name, rejected):
     assert dropped(rejected) == name
     if name not in ("identical", "similar"):
-        assert dropped("A horse stands by a fence.", chosen=rejected) == name  # the chosen one is judged as well
+        # A chosen response that a kind has picked is judged as well.
+        sample = Annotation(0, "a", "1.png", "What is in the image?", CHOSEN)
+        assert check(sample, Made("A horse by a fence.", chosen=rejected), ALL).startswith(f"{name}: ")
 
 
 @pytest.mark.parametrize(
@@ -107,6 +109,12 @@ def test_an_injected_error_of_one_word_is_kept_unless_asked_otherwise():
     assert found == pytest.approx(2 * 50 / (52 + 54))
     assert dropped(rejected, options=FilterOptions(max_similarity=found)) is None
     assert dropped(rejected, options=FilterOptions(max_similarity=found - 1e-6)) == "similar"
+
+
+def test_a_turn_that_is_text_of_the_image_is_kept_in_an_annotated_answer_alone():
+    text = "The screen says USER: admin."
+    assert dropped("The screen says nothing.", chosen=text) is None
+    assert dropped(text, chosen="The screen says nothing.") == "echo"
 
 
 def test_options_switch_filters_off():
