@@ -80,15 +80,13 @@ class Thumbnails:
                     raise ValueError("image: found neither a path nor bytes, expected one of them.")
                 shown["file"] = quote(os.fsencode(os.path.relpath(path, self.folder)))
                 if self.link:
-                    os.stat(path)
+                    if not os.path.isfile(path):
+                        raise ValueError(f"{path}: found no such file, expected an image.")
                     return shown | {"src": shown["file"]}
             return shown | self._thumbnail(key, path if content is None else content, name)
-        except FileNotFoundError:
-            reason = f"{path}: found no such file, expected an image."
-        except (ValueError, OSError) as error:
-            reason = str(error)
-        self.reasons[key] = reason
-        return {"name": name, "reason": reason}
+        except ValueError as error:  # of the image; that a thumbnail cannot be written is another matter
+            self.reasons[key] = str(error)
+            return {"name": name, "reason": str(error)}
 
     def _thumbnail(self, key, source, image_name):
         name = hashlib.blake2b(repr((key, self.size, _QUALITY)).encode(), digest_size=16).hexdigest()

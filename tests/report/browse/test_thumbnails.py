@@ -1,5 +1,6 @@
 """Each image once, whatever it is kept as; what cannot be shown has a reason."""
 
+import errno
 import io
 import os
 
@@ -87,6 +88,17 @@ def test_an_image_that_cannot_be_shown_has_its_reason_and_is_counted_once(files)
     assert gone == {"name": "gone.png", "reason": f"{source / 'gone.png'}: found no such file, expected an image."}
     assert nothing["reason"] == "image: found neither a path nor bytes, expected one of them."
     assert sorted(thumbnails.reasons.values()) == sorted({each["reason"] for each in (cut, embedded, gone, nothing)})
+
+
+def test_a_full_disk_is_no_fault_of_the_image(files, monkeypatch):
+    source, out = files
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", "x.tmp")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with Thumbnails(out, 100) as thumbnails, pytest.raises(OSError, match="No space left on device"):
+        thumbnails.show([str(source / "blue.jpg")])
 
 
 def test_files_may_be_linked_and_embedded_images_cannot(files):
