@@ -90,6 +90,7 @@ class Decoder:
             layer.batch_select_indices(rows)
 
 
+@torch.no_grad()
 def decode(
     model: PreTrainedModel,
     embeds: Tensor,

@@ -79,7 +79,13 @@ def test_rows_that_end_are_dropped_and_the_others_go_on(tiny_llava, monkeypatch)
     (end,) = processor.tokenizer.convert_tokens_to_ids([words[3]])
     model.generation_config.eos_token_id = end
     kept, keep = [], loop.Decoder.keep
-    monkeypatch.setattr(loop.Decoder, "keep", lambda decoder, rows: (kept.append(rows.tolist()), keep(decoder, rows)))
+
+    def spy(decoder, rows):
+        assert not decoder.logits.requires_grad
+        kept.append(rows.tolist())
+        keep(decoder, rows)
+
+    monkeypatch.setattr(loop.Decoder, "keep", spy)
     monkeypatch.setattr(loop, "ROOM", 4)
     expected = own_answers(model, processor, images)
     responses = generate(model, processor, images, QUESTIONS, GenerationSettings(LENGTH))

@@ -32,6 +32,13 @@ MUTATIONS = [
         "tests/answers/test_decode.py::test_rows_that_end_are_dropped_and_the_others_go_on",
     ),
     Mutation(
+        "answers decoded with all that a backward pass would need",
+        "bpo_fast/answers/decode.py",
+        "@torch.no_grad()\ndef decode(",
+        "def decode(",
+        "tests/answers/test_decode.py::test_rows_that_end_are_dropped_and_the_others_go_on",
+    ),
+    Mutation(
         "a family that needs more than one-dimensional positions decoded without",
         "bpo_fast/answers/plain.py",
         "known[with_images] = _alike(base, prompts.trial())",
