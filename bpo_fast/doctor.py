@@ -23,6 +23,8 @@ _OPTIONAL = (
         "pip install 'flash-attn>=2.8' --no-build-isolation",
     ),
     ("matplotlib", "matplotlib", "charts in the demo's report", "pip install 'matplotlib>=3.9'"),
+    ("openai", "openai", "errors injected by a server", "pip install 'openai>=3.57'"),
+    ("ray", "ray", "bootstrapping on a Ray cluster", "pip install 'ray[data]>=2.40'"),
 )
 
 
