@@ -146,9 +146,8 @@ class M3PO:
         return options | decoding | {"alignment_model": {"path": str(self.alignment_model), "weights": weights}}
 
     def check(self, model: Any, processor: Any) -> None:
-        image = Image.new("RGB", (64, 64))
-        load_clip(str(self.alignment_model), model.device).alignments(image, ["A black square."])
-        check_processor(model, processor, image)
+        load_clip(str(self.alignment_model), model.device)
+        check_processor(model, processor, Image.new("RGB", (64, 64)))
         check_scoring(model, processor)
 
     def asks(self, sample: Annotation) -> list[Messages]:

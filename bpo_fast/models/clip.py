@@ -4,6 +4,7 @@ CLIP reads 77 tokens, and an answer may have hundreds. A text is worth the mean 
 value jumps where a text becomes too long; of a sentence that is too long for the model, the beginning counts.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ class Clip:
 
 @lru_cache(maxsize=1)
 def load_clip(path: str, device: torch.device) -> Clip:
-    """Load a CLIP-like model, once for all calls.
+    """Load a CLIP-like model and try it, once for all calls.
 
     It computes in float32, since what the answers to one question differ by may be in the third digit.
 
@@ -71,7 +72,7 @@ def load_clip(path: str, device: torch.device) -> Clip:
 
     Raises:
         ValueError: nothing can be loaded from `path`, it brings code of its own, or the model is not one of images and
-            texts.
+            texts, or gives no number.
     """
     what = "alignment_model"
     folder = local_folder(what, path)
@@ -95,4 +96,12 @@ def load_clip(path: str, device: torch.device) -> Clip:
             f"{what}: found a {type(processor).__name__} in '{path}', expected the processor of images and texts that "
             "belongs to the model; copy or download it again."
         )
-    return Clip(model.eval(), processor)
+    clip = Clip(model.eval(), processor)
+    with loading(what, path):
+        (found,) = clip.alignments(Image.new("RGB", (64, 64)), ["A black square."])
+    if not math.isfinite(found):
+        raise ValueError(
+            f"{what}: found {found} as the alignment of a text by '{path}', expected a number; copy or download its "
+            "weights again."
+        )
+    return clip

@@ -96,3 +96,15 @@ def test_what_is_no_model_of_images_and_texts_is_a_sentence(tmp_path):
     (tmp_path / "layers/config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"^alignment_model: found \d+ tensors missing"):
         load_clip(str(tmp_path / "layers"), CPU)
+
+
+def test_a_model_that_gives_no_number_or_fails_is_a_sentence(tmp_path, monkeypatch):
+    model, processor = make_clip()
+    processor.save_pretrained(tmp_path)
+    model.visual_projection.weight.data[0] = torch.nan
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"^alignment_model: found nan as the alignment of a text by "):
+        load_clip(str(tmp_path), CPU)
+    monkeypatch.setattr(type(model), "get_text_features", lambda *_, **__: None)
+    with pytest.raises(ValueError, match=r"^alignment_model: found none that loads in .* AttributeError: "):
+        load_clip(str(tmp_path), CPU)
