@@ -64,6 +64,13 @@ MUTATIONS = [
         f"{_FILTER_TESTS}a_short_question_may_be_the_first_word_of_its_answer",
     ),
     Mutation(
+        "an annotated answer dropped for a turn of a conversation that the image shows",
+        _FILTERS,
+        "        is_made = place > 0 or not pair.annotated\n",
+        "        is_made = True\n",
+        f"{_FILTER_TESTS}a_turn_that_is_text_of_the_image_is_kept_in_an_annotated_answer_alone",
+    ),
+    Mutation(
         "a gap of log-probs that is judged by their order",
         _FILTERS,
         "    gap = abs(chosen.mean - rejected.mean)\n",
@@ -153,6 +160,13 @@ MUTATIONS = [
         "        parts = [sentences(text) for text in texts]\n",
         "        parts = [[text] for text in texts]\n",
         f"{_CLIP_TESTS}a_text_longer_than_the_model_reads_is_worth_its_sentences",
+    ),
+    Mutation(
+        "choices by alignments that are no numbers",
+        "bpo_fast/models/clip.py",
+        "    if not math.isfinite(found):\n",
+        "    if False:\n",
+        f"{_CLIP_TESTS}a_model_that_gives_no_number_or_fails_is_a_sentence",
     ),
     Mutation(
         "texts padded to the longest beside them, where the model was trained on full length",
