@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import psutil
+import shared_run
 from kills import NUM_RECORDS, ROOT, RUN, make_larger_world
 
 RECIPE = """
@@ -104,14 +105,33 @@ def cluster(world, out, kills, rng, duration):
     return [f"{out}: ended with status {status}"] if status else [], sent
 
 
+def forks(kills, seed):
+    """Kills of processes that take no time to start and ask no model, so that each hits the sharing itself."""
+    wrong, left, number = [], kills, 0
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        records = shared_run.make_samples(folder)
+        shared_run.run(folder, "one", records)
+        wanted = shared_run.contents(folder / "one")
+        while left > 0:
+            out, count = f"killed-{number}", (2, 5)[number % 2]
+            statuses = shared_run.kill_at_random(folder, out, records, count, min(left, 10), seed + number)
+            if any(statuses) or shared_run.contents(folder / out) != wanted:
+                wrong.append(f"{out}: other files than the undisturbed run's, statuses {statuses}")
+            left, number = left - 10, number + 1
+    print(f"forks: {kills} killed in {number} runs, {len(wrong)} differences", flush=True)
+    return wrong
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20, help="of each kind")
     parser.add_argument("--processes", type=int, nargs="*", default=[2, 5])
     parser.add_argument("--ray", type=int, default=1, help="0 leaves it out")
+    parser.add_argument("--forks", type=int, default=200, help="kills of processes that only share, without a model")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    rng, wrong = random.Random(options.seed), []
+    rng, wrong = random.Random(options.seed), forks(options.forks, options.seed)
     with tempfile.TemporaryDirectory() as folder:
         world = Path(folder)
         make_larger_world(world)

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import random
 import signal
+import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -83,8 +84,11 @@ def run(folder: Path, out: str, records: list[dict], **options):
 
 def start(count: int, *arguments, **options) -> list[multiprocessing.Process]:
     """So many processes of `run`."""
-    # A fork starts in no time, and this process has no threads at work.
-    context = multiprocessing.get_context("fork")
+    # Forks of a process that has imported all and done nothing: they start in no time, and share no lock of tqdm's,
+    # which a killed one would keep.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["shared_run"])
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
     processes = [context.Process(target=run, args=arguments, kwargs=options) for _ in range(count)]
     for process in processes:
         process.start()
@@ -100,3 +104,28 @@ def contents(out: Path) -> dict[str, bytes]:
     """What a run leaves, by name: its results and the records of its parts."""
     names = [*RESULTS, "metadata.json", *sorted(str(path.relative_to(out)) for path in out.glob("data/*"))]
     return {name: (out / name).read_bytes() for name in [*names, *(f"parts/{number:05}.json" for number in range(5))]}
+
+
+def kill_at_random(folder: Path, out: str, records: list[dict], count: int, kills: int, seed: int) -> list[int]:
+    """Processes that share a run, of which one drawn at random is killed at a random moment and started again.
+
+    Args:
+        folder, out, records: of `run`.
+        count: processes at a time.
+        kills: how many are killed.
+        seed: of the draws.
+
+    Returns:
+        How the last `count` processes ended.
+    """
+    rng, kinds = random.Random(seed), [Reversed(str(folder / f"{out}.notes"), seconds=0.05)]
+    processes = start(count, folder, out, records, kinds=kinds)
+    for _ in range(kills):
+        time.sleep(rng.uniform(0, 0.3))
+        number = rng.randrange(count)
+        processes[number].kill()
+        processes[number].join()
+        (processes[number],) = start(1, folder, out, records, kinds=kinds)
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]

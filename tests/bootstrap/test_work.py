@@ -1,5 +1,6 @@
 """How processes share a run: the same bytes whoever makes what, and nothing made twice."""
 
+import json
 import os
 import random
 import signal
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from shared_run import NUM_SAMPLES, Reversed, contents, make_samples, notes, run, start
+from shared_run import NUM_SAMPLES, Reversed, contents, kill_at_random, make_samples, notes, run, start
 from tiny_families import REFUSED
 from tiny_models import SPECIAL
 
@@ -68,6 +69,14 @@ def test_the_part_of_a_killed_process_is_taken_over_where_it_stopped(records, tm
     assert contents(tmp_path / "killed") == contents(tmp_path / "one")
     again = len(made(tmp_path, "killed")) - len(READABLE)
     assert 0 <= again <= 2  # a batch that was made, and perhaps not yet written
+
+
+def test_killed_at_random_moments_processes_end_with_the_same_bytes(records, tmp_path):
+    run(tmp_path, "one", records)
+    assert kill_at_random(tmp_path, "killed", records, count=3, kills=8, seed=0) == [0, 0, 0]
+    assert contents(tmp_path / "killed") == contents(tmp_path / "one")
+    journals = [line for path in (tmp_path / "killed/parts").glob("*.jsonl") for line in path.read_text().splitlines()]
+    assert sorted(int(json.loads(line)["id"]) for line in journals) == READABLE
 
 
 def test_processes_with_other_samples_keep_out_of_a_folder_at_work(records, tmp_path):
