@@ -87,11 +87,16 @@ def share(world, out, count, kills, rng, duration):
     return [f"{out}: a process ended with status {status}" for status in statuses if status], sent
 
 
-def cluster(world, out, kills, rng, duration):
+def cluster(world, out, kills, rng, longest):
     """A run on a local Ray cluster, of whose workers some are killed; what went wrong, and the kills."""
-    driver, sent = start(world, out, "--ray", "local", "--ray_workers", "2"), 0
+    driver, sent, before = start(world, out, "--ray", "local", "--ray_workers", "2"), 0, 0
     while driver.poll() is None and sent < kills:
-        time.sleep(rng.uniform(0, duration))
+        # A worker takes many seconds to start, and to kill it then is to learn nothing.
+        if journaled(world / out)[0] == before:
+            time.sleep(0.05)
+            continue
+        time.sleep(rng.uniform(0, longest))
+        before = journaled(world / out)[0]
         if workers := ray_workers(driver):
             try:
                 rng.choice(workers).send_signal(signal.SIGKILL)
@@ -149,7 +154,7 @@ def main(arguments=None):
             while sent < options.kills:
                 out, kills = f"{way}-{number}", min(KILLS_A_RUN, options.kills - sent)
                 if way == "ray":
-                    faults, killed = cluster(world, out, kills, rng, duration / 4)
+                    faults, killed = cluster(world, out, kills, rng, 1.0)
                 else:
                     faults, killed = share(world, out, way, kills, rng, duration)
                 found = contents(world / out)
