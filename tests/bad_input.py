@@ -1,6 +1,8 @@
 """One form for the tables of bad inputs: what a user has, what a command says of it, what is left on disk."""
 
 import shlex
+import struct
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,3 +56,13 @@ def check(bad: Bad, world: Path, capsys) -> None:
         out = world / "out"
         found = (path.relative_to(out) for path in out.rglob("*") if path.is_file())
         assert sorted(str(path) for path in found if not path.name.startswith(".")) == sorted(bad.left)
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG of so many pixels in 60 bytes."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")

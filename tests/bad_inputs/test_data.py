@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from bad_input import Bad, check, table
+from bad_input import Bad, bomb, check, table
 from PIL import Image
 from tiny_world import edit, write
 
@@ -164,6 +164,7 @@ def read(name: str, prepare) -> Bad:
     skipped("a missing image", lambda world: (world / "images/0.png").unlink()),
     skipped("a truncated image", cut),
     skipped("an image of 0 bytes", lambda world: (world / "images/0.png").write_bytes(b"")),
+    skipped("a decompression bomb", lambda world: (world / "images/0.png").write_bytes(bomb(12_000, 12_000))),
     skipped("a folder for an image", record(image=".")),
     skipped("an image name of 300 characters", record(image=f"{'a' * 300}.png")),
     skipped("an image name with a null byte", record(image="nul\0.png")),

@@ -2,14 +2,13 @@
 
 import io
 import json
-import struct
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from bad_input import bomb
 from PIL import Image
 
 from bpo_fast.data.mixture import read_sources
@@ -232,16 +231,6 @@ def turned():
 def animated():
     red, blue = (Image.new("RGB", (6, 4), color) for color in ("red", "blue"))
     return encoded(red, "GIF", save_all=True, append_images=[blue])
-
-
-def bomb(width, height):
-    """A PNG of so many pixels in 60 bytes."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 RED, GREY = Image.new("RGB", (6, 4), "red"), Image.new("I;16", (6, 4), 128 * 257)
