@@ -1,4 +1,4 @@
-"""A mixture of annotated data sets: so many samples of each, drawn uniformly, in memory that does not grow with them.
+"""A mixture of annotated data sets: so many samples of each, drawn uniformly, in 36 bytes of memory a sample.
 
 Every record is read once and judged; of a sample that can be used a few numbers are kept, and its record is read again
 when it is asked for. A source's draw is of the samples with the lowest `draw(seed, sample)`: it depends on seed and
@@ -39,6 +39,7 @@ class Selection:
     Attributes:
         samples: those drawn, in the order of sources and records.
         skipped: what cannot be used.
+        counts: source -> records, usable, asked and selected, as `report` has them.
     """
 
     samples: "Samples"
