@@ -160,7 +160,7 @@ sys.modules["matplotlib"] = None
 from bpo_fast.cli.main import main
 from bpo_fast.demo import pipeline
 
-small = {"num_annotations": 24, "num_heldout": 6, "num_probe_pairs": 4, "train_steps": 2, "num_likelihood_scenes": 2}
+small = {"num_annotations": 40, "num_heldout": 6, "num_probe_pairs": 2, "train_steps": 2, "num_noise_scenes": 2}
 pipeline.run("bpo_output/demo", settings=pipeline.DemoSettings(**small, batch_size=2))
 sys.exit(main(["bootstrap", "--config", "tiny", "--max_samples", "4", "--max_new_tokens", "3",
     "--annotations", "bpo_output/demo/seed-0/annotated/instruct.json",
