@@ -101,9 +101,11 @@ def notes(folder: Path, out: str) -> list[list[str]]:
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    """What a run leaves, by name: its results and the records of its parts."""
-    names = [*RESULTS, "metadata.json", *sorted(str(path.relative_to(out)) for path in out.glob("data/*"))]
-    return {name: (out / name).read_bytes() for name in [*names, *(f"parts/{number:05}.json" for number in range(5))]}
+    """What a run leaves, by name, but for its journals: hidden files as well."""
+    made = (
+        str(path.relative_to(out)) for pattern in ("data/*", "parts/*.json", "parts/.*") for path in out.glob(pattern)
+    )
+    return {name: (out / name).read_bytes() for name in [*RESULTS, "metadata.json", *made]}
 
 
 def kill_at_random(folder: Path, out: str, records: list[dict], count: int, kills: int, seed: int) -> list[int]:

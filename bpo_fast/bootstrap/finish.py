@@ -90,8 +90,10 @@ def _sums(counts):
 
 
 def _remove_stale(job):
-    """Shards and records of another cut."""
+    """Shards and records of another cut, and what killed processes left half-written: no part is in work by now."""
     wanted = {path for part in job.parts for path in (part.shard, part.done)}
-    for path in [*(job.folder / DATA_FOLDER).glob("*.parquet"), *(job.folder / PARTS_FOLDER).glob("*.json")]:
+    data, parts = job.folder / DATA_FOLDER, job.folder / PARTS_FOLDER
+    half_written = [path for folder in (job.folder, data, parts) for path in folder.glob(".*.tmp")]
+    for path in [*data.glob("*.parquet"), *parts.glob("*.json"), *half_written]:
         if path not in wanted:
             path.unlink(missing_ok=True)
