@@ -10,10 +10,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
+from unittest.mock import patch
 
 from PIL import Image
 
-from bpo_fast.bootstrap import bootstrap
+from bpo_fast.bootstrap import bootstrap, work
 from bpo_fast.bootstrap.maker import Made
 
 NUM_SAMPLES = 24
@@ -79,7 +80,8 @@ def make_samples(folder: Path) -> list[dict]:
 def run(folder: Path, out: str, records: list[dict], **options):
     """One process's bootstrap of `records` in parts of five."""
     options = {"batch_size": 2, "rows_per_part": 5, "kinds": [Reversed(str(folder / f"{out}.notes"))]} | options
-    return bootstrap("no model", None, records, folder / "images", folder / out, **options)
+    with patch.object(work, "WITHOUT_MODEL", 0):  # so that a part has several batches
+        return bootstrap("no model", None, records, folder / "images", folder / out, **options)
 
 
 def start(count: int, *arguments, **options) -> list[multiprocessing.Process]:

@@ -20,7 +20,7 @@ def test_two_workers_one_of_which_is_killed_write_the_bytes_of_one_process(tmp_p
     assert len(pairs) == 22
     made = [int(name) for _, *names in notes(tmp_path, "ray") for name in names]
     assert sorted(set(made)) == sorted(map(int, pairs["id"]))
-    assert len(made) <= 22 + 2  # the batch that was in work when its worker was killed
+    assert len(made) <= 22 + 5  # the batch, here a part, that was in work when its worker was killed
     assert len({process for process, *_ in notes(tmp_path, "ray")} - {str(os.getpid())}) > 1
     assert (tmp_path / "ray.killed").exists()
 
