@@ -79,6 +79,17 @@ def test_killed_at_random_moments_processes_end_with_the_same_bytes(records, tmp
     assert sorted(int(json.loads(line)["id"]) for line in journals) == READABLE
 
 
+def test_a_finished_run_holds_nothing_that_a_killed_process_left_half_written(records, tmp_path):
+    (process,) = start(1, tmp_path, "out", records, kinds=[Reversed(str(tmp_path / "out.notes"), seconds=0.1)])
+    while not (tmp_path / "out/data").exists():
+        time.sleep(0.01)
+    for folder in ("data", "parts"):
+        (tmp_path / "out" / folder / ".half.7.tmp").touch()
+    process.join()
+    assert process.exitcode == 0
+    assert not [path.name for path in (tmp_path / "out").rglob(".*")]
+
+
 def test_processes_with_other_samples_keep_out_of_a_folder_at_work(records, tmp_path):
     slow = [Reversed(str(tmp_path / "out.notes"), seconds=0.3)]
     (process,) = start(1, tmp_path, "out", records, kinds=slow)

@@ -48,6 +48,13 @@ MUTATIONS = [
         f"{_WORK}::test_shards_make_their_parts_and_the_last_one_the_whole",
     ),
     Mutation(
+        "what a killed process left half-written stays beside the shards",
+        "bpo_fast/bootstrap/finish.py",
+        "for folder in (job.folder, data, parts)",
+        "for folder in ()",
+        f"{_WORK}::test_a_finished_run_holds_nothing_that_a_killed_process_left_half_written",
+    ),
+    Mutation(
         "a flipped bit in a shard is read as text",
         "bpo_fast/data/parquet.py",
         "page_checksum_verification=True",
