@@ -175,7 +175,8 @@ def _arrow_files(name: str, split: str, subset: str | None) -> list[str]:
             raise FileNotFoundError("a folder without .parquet and .arrow files")
         if files[0].suffix == ".arrow":
             return list(map(str, files))
-        dataset = load_dataset("parquet", data_files=list(map(str, files)), split="train")
+        # In batches of a row group, as is the default, the conversion to Arrow would hold several of these at once.
+        dataset = load_dataset("parquet", data_files=list(map(str, files)), split="train", batch_size=1000)
     else:
         dataset = load_dataset(name, subset, split=split)
     return [entry["filename"] for entry in dataset.cache_files]
