@@ -1,5 +1,6 @@
 """What is said of a result: one form of table, and a sentence where a candidate differs or a peer is ahead."""
 
+from collections import defaultdict
 from itertools import groupby
 
 OURS = "bpo_fast"
@@ -110,10 +111,12 @@ def text(result):
 
 
 def caption(*results):
-    """Where, with what and when results of one machine were measured."""
-    found = results[0]["environment"]
-    named = ("torch", "trl", "liger-kernel")
-    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items() if name in named)
-    gpu = "" if found["device"] == "cpu" else f"{found['device']}; "
-    commits = sorted({f"{result['environment']['time'][:10]} {result['environment']['commit']}" for result in results})
-    return f"{gpu}{found['cpu']}, {found['threads']} threads; {versions}; {', '.join(commits)}."
+    """Where, with what and when results were measured, a sentence a machine."""
+    measured = defaultdict(set)
+    for found in (result["environment"] for result in results):
+        named = ("torch", "trl", "liger-kernel")
+        versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items() if name in named)
+        gpu = "" if found["device"] == "cpu" else f"{found['device']}; "
+        machine = f"{gpu}{found['cpu']}, {found['threads']} threads; {versions}"
+        measured[machine].add(f"{found['time'][:10]} {found['commit']}")
+    return " ".join(f"{machine}; {', '.join(sorted(commits))}." for machine, commits in measured.items())

@@ -147,7 +147,8 @@ class Worker:
     ) -> dict[str, tuple[Score, Score]]:
         """Score key -> log-probs of chosen and rejected, of the pairs whose texts no filter leaves out.
 
-        A pair is scored in a forward of its own, so that its bits depend on nothing else.
+        A pair is scored in a forward of its own, so that its bits depend on nothing else. One that cannot be scored
+        has none, as one whose image is gone by now.
         """
         pairs = {
             score_key(sample, made): (sample, made)
@@ -165,11 +166,15 @@ class Worker:
             made = []
             for key, sample, image in batch:
                 chosen, rejected = texts_of(*pairs[key])
-                scores = score_answers(model, processor, image, sample.prompt, [chosen, rejected])
+                try:
+                    scores = score_answers(model, processor, image, sample.prompt, [chosen, rejected])
+                except ValueError:  # a text that the model's own chat cannot show, such as its image token typed out
+                    scores = ()
                 made.append({"key": key, "id": sample.id, "kind": "score", "made": [list(score) for score in scores]})
             journal.append(made)
         records |= {key: journal.records.get(key) for key, _ in missing}
-        return {key: tuple(Score(*score) for score in record["made"]) for key, record in records.items() if record}
+        made = {key: record["made"] for key, record in records.items() if record}
+        return {key: tuple(Score(*score) for score in each) for key, each in made.items() if each}
 
     def _readable(
         self, items: Sequence[tuple[str, Annotation]], size: int, faults: dict[str, Fault], *, keep: bool = True

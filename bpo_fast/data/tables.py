@@ -15,6 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 from datasets import load_dataset, load_from_disk
+from pyarrow.dataset import ParquetFragmentScanOptions
 
 from bpo_fast.data.conversations import LLAVA, Columns
 from bpo_fast.data.images import Embedded
@@ -175,8 +176,11 @@ def _arrow_files(name: str, split: str, subset: str | None) -> list[str]:
             raise FileNotFoundError("a folder without .parquet and .arrow files")
         if files[0].suffix == ".arrow":
             return list(map(str, files))
-        # In batches of a row group, as is the default, the conversion to Arrow would hold several of these at once.
-        dataset = load_dataset("parquet", data_files=list(map(str, files)), split="train", batch_size=1000)
+        # By default whole columns of a row group are read ahead, and converted in batches of a row group.
+        reading = ParquetFragmentScanOptions(use_buffered_stream=True, pre_buffer=False)
+        options = {"batch_size": 1000, "fragment_scan_options": reading}
+        dataset = load_dataset("parquet", data_files=list(map(str, files)), split="train", **options)
+        pa.default_memory_pool().release_unused()  # what the conversion took
     else:
         dataset = load_dataset(name, subset, split=split)
     return [entry["filename"] for entry in dataset.cache_files]

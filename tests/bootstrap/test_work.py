@@ -15,7 +15,7 @@ from tiny_models import SPECIAL
 
 from bpo_fast.answers.sampling import GenerationSettings
 from bpo_fast.answers.score import score_answers
-from bpo_fast.bootstrap import bootstrap
+from bpo_fast.bootstrap import bootstrap, work
 from bpo_fast.bootstrap.filters import FilterOptions
 from bpo_fast.bootstrap.image_weakened import ImageWeakened
 from bpo_fast.bootstrap.run import own_device
@@ -205,6 +205,22 @@ def test_batches_of_1_4_and_16_write_the_same_bytes_with_log_probs_of_each_pair_
     fewer = bootstrap(model, processor, *annotated, out, **options)
     assert len(fewer) == len(pairs) - 4
     assert {skip["cause"] for skip in read_json(out / "skipped.jsonl")} == {"logp_gap"}
+
+
+def test_a_pair_that_cannot_be_scored_has_no_log_probs_and_stops_nothing(tiny_llava, annotated, tmp_path, monkeypatch):
+    def refuse(model, processor, image, prompt, answers):
+        if refused in answers:
+            raise ValueError("answer: found <img> in the text, expected none.")
+        return score_answers(model, processor, image, prompt, answers)
+
+    monkeypatch.setattr(work, "score_answers", refuse)
+    tiny_llava[0].lm_head.weight.data[: len(SPECIAL)] = 0
+    options, refused = {"kinds": [ImageWeakened(decoding=GenerationSettings(5))], "score_pairs": True}, "w3 w3"
+    for _ in range(2):  # the second time from the journal
+        pairs = bootstrap(*tiny_llava, *annotated, tmp_path / "out", **options)
+        texts = [chosen[0]["content"][0]["text"] for chosen in pairs["chosen"]]
+        assert refused in texts
+        assert [each is None for each in pairs["rejected_logp"]] == [text == refused for text in texts]
 
 
 def test_a_model_whose_log_probs_would_be_wrong_is_refused_first(annotated, tmp_path):
