@@ -152,7 +152,8 @@ def measure(work, what, ways, progress):
 def main(arguments):
     logging.set_verbosity_error()
     options = parse(arguments)
-    results, work = Results("bootstrap", vars(options), options.output), Work(options)
+    model = "demo" if options.model == CHECKPOINT else options.model  # its path says where this tree lies
+    results, work = Results("bootstrap", vars(options) | {"model": model}, options.output), Work(options)
     jobs = {
         title: (len(ways) * (options.warmup + options.repeats), partial(measure, work, what, ways))
         for title, (what, ways) in groups(work).items()
