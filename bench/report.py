@@ -112,9 +112,8 @@ def text(result):
 
 def caption(*results):
     """Where, with what and when results were measured, a sentence a machine."""
-    measured = defaultdict(set)
+    measured, named = defaultdict(set), ("torch", "trl", "liger-kernel")
     for found in (result["environment"] for result in results):
-        named = ("torch", "trl", "liger-kernel")
         versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items() if name in named)
         gpu = "" if found["device"] == "cpu" else f"{found['device']}; "
         machine = f"{gpu}{found['cpu']}, {found['threads']} threads; {versions}"

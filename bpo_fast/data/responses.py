@@ -26,10 +26,3 @@ FAULTS: dict[str, Callable[[str, int | None], str | None]] = {
     "image_tag": _image_tag,
     "too_long": _too_long,
 }
-
-
-def check_response(response: str, max_response_words: int | None) -> None:
-    """Raise ValueError with the reason if `response` is empty, holds an image's tag, or has too many words."""
-    for find in FAULTS.values():
-        if reason := find(response, max_response_words):
-            raise ValueError(reason)

@@ -99,11 +99,6 @@ class Packing:
         """Tokens of the branches if each had its prefix to itself."""
         return sum(p * len(b) + sum(b) for p, b in zip(self.prefix_lengths, self.branch_lengths, strict=True))
 
-    @property
-    def max_seqlen_q(self) -> int:
-        """Queries of the longest segment."""
-        return max(self.segment_lengths())
-
     def segment_lengths(self, *, in_tail: bool = False) -> list[int]:
         """Queries of each segment, of all or of those in `tail_rows`."""
         return [

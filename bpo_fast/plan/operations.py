@@ -78,13 +78,6 @@ def _load_operations():
         import bitsandbytes  # noqa: F401
 
 
-def _size(*shape_and_itemsize):
-    size = 1
-    for number in shape_and_itemsize:
-        size *= number
-    return size
-
-
 def _head(given: Arguments, memory: HeadMemory) -> Cost:
     """4 N H V for the policy, 2 N H V for a reference or without a gradient, in chunks of the scratch memory."""
     (count, width), vocab = given.hidden.shape, len(given.weight)

@@ -26,7 +26,8 @@ def test_two_groups_by_hand():
     assert packing.branch_offset.tolist() == [0, 0, 1, 0, 1, 2]
     assert [positions.tolist() for positions in packing.kv_rounds] == [[0, 1, 2, 7, 8, 9, 10], [3, 4, 5, 6]]
     assert [positions.tolist() for positions in packing.logit_rounds] == [[0, 3, 4, 5], [1, 2]]
-    assert (packing.max_seqlen_q, packing.max_seqlen_k, packing.num_branches) == (4, 4, 3)
+    assert (packing.segment_lengths(), packing.segment_lengths(in_tail=True)) == ([3, 2, 4], [2, 2, 4])
+    assert (packing.max_seqlen_k, packing.num_branches) == (4, 3)
 
 
 @given(groups)
@@ -46,7 +47,7 @@ def test_every_segment_reads_as_its_own_sequence(groups):
         assert rows[-len(tail) :].tolist() == tail.tolist()
     assert set(packing.logit_rows.tolist()) <= set(packing.tail_rows.tolist())
     assert [len(tail) for tail in tails] == packing.segment_lengths(in_tail=True)
-    assert packing.max_seqlen_q == max(map(len, queries))
+    assert packing.segment_lengths() == list(map(len, queries))
     assert packing.max_seqlen_k == max(map(len, keys))
     assert len(packing.input_ids) == sum(map(len, groups))
 
