@@ -75,6 +75,7 @@ def _manifest(job: Job, done: Sequence[Mapping[str, Any]], skipped: Sequence[dic
             "pairs": sum(each["rows"] for each in done),
             "skipped": len(skipped),
             "rejected_truncated": sum(each["rejected_truncated"] for each in done),
+            **({"unscored": sum(each["unscored"] for each in done)} if job.score_pairs else {}),
             "kinds": _sums(each["kinds"] for each in done),
             "sources": _sums(each["sources"] for each in done),
         },

@@ -31,6 +31,7 @@ class Outcome:
         kinds, sources: pairs of each.
         rejected_truncated: pairs whose rejected response was cut at max_new_tokens.
         embedded: pairs whose image is in the shard.
+        unscored: pairs whose log-probs were asked for and could not be had.
         skipped: a record for each response that makes no pair.
     """
 
@@ -38,6 +39,7 @@ class Outcome:
     sources: Counter = field(default_factory=Counter)
     rejected_truncated: int = 0
     embedded: int = 0
+    unscored: int = 0
     skipped: list[dict] = field(default_factory=list)
 
 
@@ -79,6 +81,7 @@ def part_rows(
                 outcome.sources[sample.source] += 1
                 outcome.rejected_truncated += made.truncated
                 outcome.embedded += _embeds(job, sample)
+                outcome.unscored += job.score_pairs and made.rejected is not None and pair is None
                 logps = {} if pair is None else {"chosen_logp": pair[0].logp, "rejected_logp": pair[1].logp}
                 yield _row(sample, made, job) | logps | {"rejected_type": maker.kind, **provenance[maker.kind]}
 

@@ -221,6 +221,7 @@ def test_a_pair_that_cannot_be_scored_has_no_log_probs_and_stops_nothing(tiny_ll
         texts = [chosen[0]["content"][0]["text"] for chosen in pairs["chosen"]]
         assert refused in texts
         assert [each is None for each in pairs["rejected_logp"]] == [text == refused for text in texts]
+        assert read_json(tmp_path / "out" / "manifest.json")["counts"]["unscored"] == texts.count(refused)
 
 
 def test_a_model_whose_log_probs_would_be_wrong_is_refused_first(annotated, tmp_path):
